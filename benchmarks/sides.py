@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 PROBE = (
@@ -94,11 +94,7 @@ def read_spec(text: str, *packages: str) -> dict[str, Any]:
     Called before `packages` are imported: without one of them, or without a file, the process ends
     with one line and status 2.
     """
-    words = sys.argv[1:]
-    if {"-h", "--help"} & {*words}:
-        print(text)
-        sys.exit(0)
-    problem, spec = "SPEC.json is required; --help explains it", {}
+    words, problem, spec = _words(text), "SPEC.json is required; --help explains it", {}
     if words[1:] or words and words[0].startswith("-"):
         problem = f"{words[-1]} is not an argument; the only one is SPEC.json"
     elif words:
@@ -107,12 +103,7 @@ def read_spec(text: str, *packages: str) -> dict[str, Any]:
                 spec, problem = json.load(file), ""
         except (OSError, ValueError) as error:
             problem = f"{words[0]}: {error}; the benchmark that starts this side writes it"
-    for name in packages if spec else ():
-        if not importlib.util.find_spec(name):
-            problem = f"{sys.executable} has no {name}; use a Python that has it"
-    if problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    _require(problem, packages)
     return spec
 
 
@@ -121,20 +112,31 @@ def read_step(text: str, *packages: str) -> list[str]:
 
     Called before `packages` are imported, as `read_spec` is.
     """
+    words = _words(text)
+    problem = "" if words[1:] else "STEP and SCRATCH are required; --help explains them"
+    if words and words[0].startswith("-"):
+        problem = f"{words[0]} is not an argument; the arguments are STEP and SCRATCH"
+    _require(problem, packages)
+    return words
+
+
+def _words(text: str) -> list[str]:
+    """Return the command line of a side; with --help, print `text` and exit."""
     words = sys.argv[1:]
     if {"-h", "--help"} & {*words}:
         print(text)
         sys.exit(0)
-    problem = "" if words[1:] else "STEP and SCRATCH are required; --help explains them"
-    if words and words[0].startswith("-"):
-        problem = f"{words[0]} is not an argument; the arguments are STEP and SCRATCH"
+    return words
+
+
+def _require(problem: str, packages: Sequence[str]) -> None:
+    """Exit with one line and status 2 for a problem, or else for a missing package."""
     for name in packages if not problem else ():
         if not importlib.util.find_spec(name):
             problem = f"{sys.executable} has no {name}; use a Python that has it"
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    return words
 
 
 def serve(make: Callable[[], Any]) -> None:

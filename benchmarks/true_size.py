@@ -34,6 +34,7 @@ import true_size_jax as steps
 import true_size_make as make
 
 from medmax_jax import arguments
+from medmax_jax.convert import drill
 
 HERE = pathlib.Path(__file__).resolve().parent
 NEEDS = ["torch", "transformers", "peft", "safetensors"]
@@ -271,23 +272,14 @@ def check(name: str, stage: Stage, road: Road) -> None:
         raise SystemExit(f"stage {name} needs {missing[0]}; add --stage {missing[0]}")
     if road.args.smoke:
         return
-    free = {"memory": available_memory(), "disk": shutil.disk_usage(road.args.scratch).free}
+    free = {"memory": drill.available_memory(), "disk": shutil.disk_usage(road.args.scratch).free}
     for what, need in (("memory", stage.memory_gb), ("disk", stage.disk_gb)):
-        if free[what] < need * GB:
+        if free[what] is not None and free[what] < need * GB:
             raise SystemExit(
                 f"stage {name} needs {need} GB of {what}, but {free[what] / GB:.1f} GB are free; "
                 f"free some{' or use another --scratch' if what == 'disk' else ''}, then run the "
                 "same command"
             )
-
-
-def available_memory() -> int:
-    """Return MemAvailable of this machine in bytes."""
-    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    raise SystemExit("/proc/meminfo has no MemAvailable; this program needs Linux")
 
 
 def walk(road: Road, names: list[str]) -> dict[str, Any]:

@@ -6,12 +6,14 @@ treat a module as a graph of objects (`nnx.split`, `nnx.iter_modules`), the call
 their own mode.
 """
 
+import os
 import signal
 import sys
 
 __version__ = "0.2.0"
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # `python -m` imports this package before the program: until the program reads its arguments,
-    # Ctrl-C ends it at once, which a callback of an import could otherwise lose.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if [os.path.basename(word) for word in sys.argv[:1]] in (["-m"], ["medmax"]):
+    # `python -m PROGRAM` and `medmax` import this package before the program: until the program
+    # reads its arguments, Ctrl-C ends it at once, which a callback of an import could lose.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

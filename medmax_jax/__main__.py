@@ -7,7 +7,6 @@ module imports no program before it runs one, so that `medmax --help` starts at 
 import difflib
 import importlib.metadata
 import runpy
-import signal
 import sys
 
 # Command -> (module that is run as a program, description).
@@ -43,9 +42,6 @@ def main() -> int:
         print(f"error: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
     del sys.argv[1]
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # During the imports of the program, as in medmax_jax/__init__.py.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
     return 0
 

@@ -95,7 +95,7 @@ def run(
             return _fail(error, ERROR)
         return DONE
 
-    _locate_config(sys.argv)
+    sys.argv = with_shipped_config(sys.argv)
     given_flags = {word.split("=")[0].lstrip("-") for word in sys.argv[1:]}
     # Not set as flag defaults: absl would read the config and its overrides too early.
     missing = {k: v for k, v in (defaults or {}).items() if k not in given_flags}
@@ -347,12 +347,14 @@ def _config_argument(argv: Sequence[str]) -> str:
     return path
 
 
-def _locate_config(argv: list[str]) -> None:
-    """Replace, in place, configs/NAME.py by the file of the package where there is no such file."""
+def with_shipped_config(argv: Sequence[str]) -> list[str]:
+    """Return the words; configs/NAME.py of --config is that of the package where it is no file."""
     path = _config_argument(argv)
     shipped = pathlib.Path(__file__).parent / path
-    if path.startswith("configs/") and not os.path.exists(path) and shipped.is_file():
-        argv[:] = [word.replace(path, str(shipped)) for word in argv]
+    if not path.startswith("configs/") or os.path.exists(path) or not shipped.is_file():
+        return list(argv)
+    places = {f"{dashes}config={path}" for dashes in ("-", "--")} | {path}
+    return [word.replace(path, str(shipped)) if word in places else word for word in argv]
 
 
 def read_config(argv: Sequence[str], *, overrides: bool = True) -> ConfigDict | None:

@@ -12,7 +12,6 @@ contains:
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -47,6 +46,7 @@ from medmax_jax.generation import model_bundle
 from medmax_jax.io import charts, html_page
 from medmax_jax.io.environment import environment
 from medmax_jax.io.progress import report_waiting
+from medmax_jax.io.storage import file_sha256
 from medmax_jax.io.text_files import TextFileError, read_json
 from medmax_jax.models import images
 from medmax_jax.sharding import make_mesh
@@ -247,7 +247,7 @@ def _report(
             "model": "medmax_jax/tiny with LoRA",
             "data": "the embedded sample",
             "split": "test",
-            "digest": hashlib.sha256(manifest_file.read_bytes()).hexdigest()[:16],
+            "digest": file_sha256(manifest_file)[:16],
             "config": config.fingerprint(settings),
             "seed": settings.eval.seed,
             "train_groups": len({r["group"] for r in manifest if r["split"] == "train"}),

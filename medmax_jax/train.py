@@ -37,6 +37,7 @@ from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, b
 from medmax_jax.data import loader
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
+from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.storage import StorageError
@@ -85,7 +86,7 @@ def run(
 
         # ---- data
         train_data, eval_data = load_data(run)
-        if setup.has_credentialed(train_data, eval_data):
+        if any(has_credentialed(data.records) for data in (train_data, eval_data) if data):
             stack.enter_context(private_folder(folder))
 
         # ---- log

@@ -66,6 +66,8 @@ SLICE = 4_096  # files hashed by one process at a time
 NOT_FOUND = "no such file, or no permission to read it"
 TAKEOVER_SECONDS = 60.0  # seconds without progress until another process's part is made here too
 _OPTIONS = "group_size:1,zstd:3"
+# Verbatim: part of the data.
+LIST_KEY = "pictures"  # of plan.json: the sha256 of the list of images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,8 +172,7 @@ class _TokenizeJob:
         for name, value in plan.items():
             if stored.get(name) != value:
                 found = f"{name} {stored.get(name)!r}, not with {value!r}"
-                # Verbatim: part of the data.
-                found = "another list of images" if name == "pictures" else found
+                found = "another list of images" if name == LIST_KEY else found
                 raise PrepareError(f"{self.out} was started with {found}; use another --out")
 
     def finished(self) -> dict[str, Any] | None:

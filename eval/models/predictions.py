@@ -10,7 +10,7 @@ answered.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import PIL.Image
@@ -18,7 +18,7 @@ import PIL.Image
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.models.base import FailedResponse, ModelRequest, Segment
-from medmax_jax.eval.tasks.items import FAMILIES, Item, is_credentialed, prompt_parts
+from medmax_jax.eval.tasks.items import FAMILIES, Item, is_credentialed
 from medmax_jax.io import image_paths
 from medmax_jax.io.errors import printable
 from medmax_jax.io.storage import Folder
@@ -107,18 +107,18 @@ class Predictions:
             raise PredictionsError(str(error)) from error
 
 
-def export_items(items: Sequence[Item], out: Path, *, folder: Path, mode: str, prompt: str) -> None:
+def export_items(items: Sequence[Item], requests: Iterable[ModelRequest], out: Path) -> None:
     """Write what a program needs to answer the items, without their references, one per line.
 
-    `prompt`: the parts of the request in order, as `prompt_parts` gives them to a model of this
-    process, with absolute paths of the images.
+    requests: what a model of this process receives; its parts are written in order, with absolute
+    paths of the images.
     """
     lines = []
-    for item in items:
+    for item, request in zip(items, requests, strict=True):
         family = FAMILIES[item.family]
         parts = [
             {"image": str(part.resolve())} if isinstance(part, Path) else {"text": part}
-            for part in prompt_parts(item, folder, prompt)
+            for part in request.parts
         ]
         line = dict(
             id=item.id,
@@ -128,10 +128,10 @@ def export_items(items: Sequence[Item], out: Path, *, folder: Path, mode: str, p
             options=text_metrics.options(item.prompt) if item.family == "vqa_mcq" else {},
             images=list(item.images) if family.shows_image else [],
             prompt=parts,
-            mode=family.mode,
+            mode=request.mode,
             answer_format=family.answer_format,
-            max_tokens=family.tokens[mode],
-            data_class=item.data_class,
+            max_tokens=request.max_tokens,
+            data_class=request.data_class,
         )
         lines.append(json.dumps(line) + "\n")
     Folder(out.absolute().parent).write(out.name, [line.encode() for line in lines])

@@ -117,9 +117,8 @@ def run(
     if not dry_run:  # before a checkpoint is converted or its weights are read
         judging.check_judge(settings.judge, eval_set.items, Path(workdir))
         with _file_modes(eval_set):
-            cli.open_workdir(
-                workdir, own="records.jsonl"
-            )  # before minutes of work that could not be stored
+            # before minutes of work that could not be stored
+            cli.open_workdir(workdir, own="records.jsonl")
     if not model:  # config.adapter belongs to config.model
         model, adapter = settings.model, adapter or settings.adapter
     spec = loading.parse_model_spec(model, adapter, merge, settings, progress=progress)
@@ -145,14 +144,11 @@ def export_items(settings: Settings, out: str | Path) -> int:
     eval_set = load_eval_set(settings)
     check_images(eval_set)
     check_prompts(eval_set)
+    to_request = functools.partial(
+        inference.make_request, folder=eval_set.folder, mode=settings.mode, prompt=settings.prompt
+    )
     with _file_modes(eval_set):
-        predictions.export_items(
-            eval_set.items,
-            Path(out),
-            folder=eval_set.folder,
-            mode=settings.mode,
-            prompt=settings.prompt,
-        )
+        predictions.export_items(eval_set.items, map(to_request, eval_set.items), Path(out))
     return len(eval_set.items)
 
 

@@ -12,7 +12,6 @@ Both files have the texts of records.jsonl, and are for the same readers. Images
 items are neither copied nor linked.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import PIL.Image
 from medmax_jax.eval.metrics import per_record, strict
 from medmax_jax.eval.reporting import definitions, tables
 from medmax_jax.io import csv_files, html_page, image_paths, journal
+from medmax_jax.io.storage import file_sha256
 from medmax_jax.models import image_headers, images
 
 REPORT, PAGE, TABLE, IMAGES = "report.html", "items.html", "items.csv", "item_images"
@@ -184,7 +184,7 @@ def _figures(
 
 def _copy(file: Path, workdir: Path) -> str:
     """Return the path of a small copy of an image, which is written unless it exists."""
-    name = f"{IMAGES}/{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.jpg"
+    name = f"{IMAGES}/{file_sha256(file)[:16]}.jpg"
     if not (workdir / name).exists():
         small = images.load(file, max_pixels=images.MAX_PIXELS)
         small.thumbnail((SIZE, SIZE), PIL.Image.Resampling.LANCZOS)

@@ -49,49 +49,21 @@ def _tokens(*, paper: int, strict: int) -> Mapping[str, int]:
 
 
 FAMILIES = {  # the release's bounds: vqa.py:24-31, visual_chat.py, mm_out.py, image_text.py
-    "vqa_closed": Family(
-        mode="text",
-        shows_image=True,
-        answer_format="yes or no",
-        tokens=_tokens(paper=1, strict=16),
-    ),
-    "vqa_mcq": Family(
-        mode="text",
-        shows_image=True,
-        answer_format="the letter of one option",
-        tokens=_tokens(paper=1, strict=16),
-    ),
-    "vqa_open": Family(
-        mode="text",
-        shows_image=True,
-        answer_format="a word or a short phrase",
-        tokens=_tokens(paper=60, strict=60),
-    ),
-    "captioning": Family(
-        mode="text",
-        shows_image=True,
-        answer_format="complete sentences",
-        tokens=_tokens(paper=4_096, strict=4_096),
-    ),
-    "image_generation": Family(
-        mode="image",
-        shows_image=False,
-        answer_format="an image",
-        tokens=_tokens(paper=60, strict=60),
-    ),
-    "multimodal": Family(
-        mode="mixed",
-        shows_image=False,
-        answer_format="text and images",
-        tokens=_tokens(paper=1_024, strict=1_024),
-    ),
-    "visual_chat": Family(
-        mode="text",
-        shows_image=True,
-        answer_format="complete sentences",
-        tokens=_tokens(paper=4_096, strict=4_096),
-    ),
-}
+    "vqa_closed": Family(mode="text", shows_image=True, answer_format="yes or no",
+                         tokens=_tokens(paper=1, strict=16)),
+    "vqa_mcq": Family(mode="text", shows_image=True, answer_format="the letter of one option",
+                      tokens=_tokens(paper=1, strict=16)),
+    "vqa_open": Family(mode="text", shows_image=True, answer_format="a word or a short phrase",
+                       tokens=_tokens(paper=60, strict=60)),
+    "captioning": Family(mode="text", shows_image=True, answer_format="complete sentences",
+                         tokens=_tokens(paper=4_096, strict=4_096)),
+    "image_generation": Family(mode="image", shows_image=False, answer_format="an image",
+                               tokens=_tokens(paper=60, strict=60)),
+    "multimodal": Family(mode="mixed", shows_image=False, answer_format="text and images",
+                         tokens=_tokens(paper=1_024, strict=1_024)),
+    "visual_chat": Family(mode="text", shows_image=True, answer_format="complete sentences",
+                          tokens=_tokens(paper=4_096, strict=4_096)),
+}  # fmt: skip
 MODES = ("paper", "strict")
 # The release's task_name -> family; all others are question answering, by question_type.
 FAMILY_BY_TASK = {

@@ -3,7 +3,7 @@
 python -m medmax_jax.convert check P --full --out D [--only NAME] [--codes F] [--torch_python PY]
 
     D/drill.json, drill.html    the results; a check that is run again replaces its row
-    D/images/                   the three images as the VQGAN reads them, and what it makes of them
+    D/images/                   the three images as the VQGAN reads them, and reconstructed by it
     D/codes.json                their codes, in the format of --codes:
                                 {"tool": "what made them", "images": {"ct-head_00.png": [7, 0, ..]}}
     D/native/                   P in this project's layout; delete it when all checks are done
@@ -116,7 +116,7 @@ class Subject:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The same for a check that needs it, while another one is for its errors."""
+        """The same; raises NotRunError where it cannot be read, which `tensors` reports."""
         try:
             return self.source
         except convert.ERRORS as error:
@@ -477,12 +477,12 @@ def _generate(subject: Subject, folder: str, *options: str) -> list[dict[str, An
 
 def _require_memory(checkpoint: Checkpoint) -> None:
     """Raise NotRunError where the weights do not fit; where it is unknown, the check is tried."""
-    needed, free = MEMORY_FACTOR * checkpoint.nbytes, _available()
+    needed, free = MEMORY_FACTOR * checkpoint.nbytes, available_memory()
     if free is not None and free < needed:
         raise NotRunError(_too_little("of memory", needed, free))
 
 
-def _available() -> int | None:
+def available_memory() -> int | None:
     """Return bytes of memory that a new process can have, by the kernel and by its cgroup."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()

@@ -10,6 +10,7 @@ left out, because pages are passed on.
 
 import collections
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -41,8 +42,12 @@ def machine(devices: Sequence[Any] = ()) -> str:
     return ", ".join(parts)
 
 
+@functools.cache
 def git_commit() -> str:
-    """Return the commit of the source, with + when it was changed; empty outside a checkout."""
+    """Return the commit of the source at the first call, with + when it was changed.
+
+    Empty outside a checkout.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""

@@ -15,7 +15,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
 from medmax_jax.io import charts, html_page
 from medmax_jax.io.environment import environment
 from medmax_jax.io.progress import SECONDS, ItemProgress, report_waiting
+from medmax_jax.io.storage import file_sha256
 from medmax_jax.scaling import checklist, diagnostics, mixed, report, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
 from medmax_jax.scaling.study import Options, run_study
@@ -168,8 +168,8 @@ def _mixed(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
 
 def _facts(args: argparse.Namespace) -> dict[str, object]:
     """Return what a page says of its data and of the program."""
-    digest = hashlib.sha256(Path(args.table).read_bytes()).hexdigest()
-    facts = {"table": args.table, "digest": digest[:16], "law": args.law, "seed": args.seed}
+    digest = file_sha256(Path(args.table))[:16]
+    facts = {"table": args.table, "digest": digest, "law": args.law, "seed": args.seed}
     return facts | {"bootstraps": args.bootstraps} | environment()
 
 

@@ -291,7 +291,7 @@ def _flags(overrides: Overrides) -> list[str]:
 def _parsed(argv: Sequence[str]) -> ConfigDict:
     """Parse these arguments with the parser of medmax_jax.train's flags."""
     values = flags.FlagValues()
-    line = ["sweep", *argv]
+    line = ["sweep", *cli.with_shipped_config(argv)]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=line)
     try:
         rest = values(line)

@@ -23,7 +23,6 @@ from medmax_jax import config
 from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.manager import CheckpointManager, DamagedError
 from medmax_jax.checkpoints.resume import check_meta
-from medmax_jax.endpoints import egress
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh, shard_batch, with_shardings
 from medmax_jax.training import reporting, step
@@ -115,16 +114,6 @@ def restore_checkpoint(
         except DamagedError:
             continue  # it was renamed to damaged_*, and the log reports it
     return None, None, {"interval": [], "last": {}, "owed": False}, []
-
-
-def has_credentialed(*sources: BatchSource | None) -> bool:
-    """Return whether any document that the run reads is credentialed."""
-    return any(
-        egress.is_credentialed(credential)
-        for source in sources
-        if source is not None
-        for credential in source.records.meta["credentials"]
-    )
 
 
 def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:

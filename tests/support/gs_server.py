@@ -6,7 +6,6 @@ import json
 import pathlib
 import socket
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
+from local_server import local_server
 
 from medmax_jax.io import storage
 
@@ -63,14 +63,8 @@ def answering(status: int) -> Iterator[str]:
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with local_server(Handler) as url:
+        yield url
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 
+from local_server import local_server
+
 SHA = "0123456789abcdef0123456789abcdef01234567"
 LARGE = 1_000  # bytes from which a file is in LFS, so that its etag is a SHA-256
 GRANTED, DENIED = "hf_granted", "hf_denied"  # tokens
@@ -118,11 +120,5 @@ def serving(hub: Hub) -> Iterator[str]:
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with local_server(Handler) as url:
+        yield url
