@@ -45,12 +45,12 @@ def test_a_stage_states_its_need_before_it_starts(short, tmp_path, monkeypatch):
     road, stage = true_size.Road(args), true_size.STAGES["inputs"]
     free = {"memory": 10**12, "disk": 10**12} | {short: 2 * 10**9}
     usage = argparse.Namespace(free=free["disk"])
-    monkeypatch.setattr(true_size, "available_memory", lambda: free["memory"])
+    monkeypatch.setattr(true_size.drill, "available_memory", lambda: free["memory"])
     monkeypatch.setattr(true_size.shutil, "disk_usage", lambda _: usage)
     need = {"memory": stage.memory_gb, "disk": stage.disk_gb}[short]
     with pytest.raises(SystemExit, match=f"inputs needs {need} GB of {short}, but 2.0 GB are free"):
         true_size.check("inputs", stage, road)
-    monkeypatch.setattr(true_size, "available_memory", lambda: 10**12)
+    monkeypatch.setattr(true_size.drill, "available_memory", lambda: 10**12)
     monkeypatch.setattr(true_size.shutil, "disk_usage", lambda _: argparse.Namespace(free=10**12))
     true_size.check("inputs", stage, road)
     with pytest.raises(SystemExit, match="stage convert needs inputs; add --stage inputs"):
