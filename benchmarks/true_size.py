@@ -1,9 +1,9 @@
 """python benchmarks/true_size.py --scratch D [--torch_python PY] [--stage NAME ...] [--smoke]
 
-Walks the whole road at true size without an accelerator: a random 7B in the published layouts, the
-published vocabulary of 65,536 ids, the published VQGAN at 512 px, and one layer of the 30B. Every
-program is the one that a user runs; what is computed is compared with HF's layers in torch. PY: a
-Python with torch, transformers and peft; without it those comparisons are skipped by name.
+Runs the complete pipeline at true size without an accelerator: a random 7B in the published
+layouts, the published vocabulary of 65,536 ids, the published VQGAN at 512 px, and one layer of the
+30B. Every program is the one that a user runs; its results are compared with HF's layers in torch.
+PY: a Python with torch, transformers and peft; without it those comparisons are skipped by name.
 
 A finished stage is not repeated (D/results has its result, D/logs its output); --stage chooses
 some, of which each needs others before it. A stage starts only with enough free memory and disk.
@@ -34,7 +34,7 @@ import true_size_jax as steps
 import true_size_make as make
 
 from medmax_jax import arguments
-from medmax_jax.convert import drill
+from medmax_jax.convert import full_check
 
 HERE = pathlib.Path(__file__).resolve().parent
 NEEDS = ["torch", "transformers", "peft", "safetensors"]
@@ -49,8 +49,8 @@ COUNTS = {  # flags: default, help
 RUN_SECONDS = 4 * 3600  # until a training run that shall be killed counts as stuck
 
 
-class Road:
-    """One walk: the folder, the settings, and the commands of the stage that runs."""
+class Pipeline:
+    """Holds the folder, the settings, and the commands of the stage that runs."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.job = args, steps.Job(args.scratch)
@@ -71,7 +71,7 @@ class Road:
         return self._run("", [sys.executable, "-u", script, step, str(self.args.scratch)])
 
     def theirs(self, step: str) -> dict[str, Any]:
-        """Run a step of true_size_torch.py, or say why it is skipped."""
+        """Run a step of true_size_torch.py, or return why it is skipped."""
         if self.args.skipped:
             return {"skipped": self.args.skipped}
         script = str(HERE / "true_size_torch.py")
@@ -95,84 +95,105 @@ class Road:
         return json.loads(last[0]) if last and last[0].startswith("{") else {}
 
 
-def inputs(road: Road) -> dict[str, Any]:
+def inputs(pipeline: Pipeline) -> dict[str, Any]:
     """Write the random models in Meta's layout, the tokenizer, the VQGAN and the documents."""
-    return road.ours("inputs")
+    return pipeline.ours("inputs")
 
 
-def convert(road: Road) -> dict[str, Any]:
+def convert(pipeline: Pipeline) -> dict[str, Any]:
     """Convert to the native and to HF's layout; the source is then removed."""
     for name, layout in (("native", "native"), ("hf", "hf")):
-        _convert(road, "meta", name, "--format", layout)
-    road.remove("meta/models")
-    return dict(native_gb=_gb(road, "native"), hf_gb=_gb(road, "hf"))
+        _convert(pipeline, "meta", name, "--format", layout)
+    pipeline.remove("meta/models")
+    return dict(native_gb=_gb(pipeline, "native"), hf_gb=_gb(pipeline, "hf"))
 
 
-def images(road: Road) -> dict[str, Any]:
+def images(pipeline: Pipeline) -> dict[str, Any]:
     """Tokenize eight images, decode their codes, and compare both with torch."""
-    result = road.program(
-        "data.prepare", "tokenize", "--images", road.path("images"), "--out", road.path("codes"),
-        "--model", road.path("native"), "--batch", "1", "--json",
-    )  # fmt: skip
-    return {"unique": result["unique"]} | road.ours("codes") | road.theirs("vq")
+    result = pipeline.program(
+        "data.prepare",
+        "tokenize",
+        "--images",
+        pipeline.path("images"),
+        "--out",
+        pipeline.path("codes"),
+        "--model",
+        pipeline.path("native"),
+        "--batch",
+        "1",
+        "--json",
+    )
+    return {"unique": result["unique"]} | pipeline.ours("codes") | pipeline.theirs("vq")
 
 
-def records(road: Road) -> dict[str, Any]:
+def records(pipeline: Pipeline) -> dict[str, Any]:
     """Make records of every kind of task, and pack them into rows of 4,096 and of 8,192."""
-    made = road.program(
-        "data.prepare", "documents", "--from", road.path("documents.jsonl"), "--images",
-        road.path("images"), "--codes", road.path("codes"), "--model", road.path("native"),
-        "--out", road.path("records"), "--json",
-    )  # fmt: skip
+    made = pipeline.program(
+        "data.prepare",
+        "documents",
+        "--from",
+        pipeline.path("documents.jsonl"),
+        "--images",
+        pipeline.path("images"),
+        "--codes",
+        pipeline.path("codes"),
+        "--model",
+        pipeline.path("native"),
+        "--out",
+        pipeline.path("records"),
+        "--json",
+    )
     found = {name: made[name] for name in ("documents", "tokens", "longest", "tasks")}
     for length in (4_096, 8_192):
-        plan = road.program(
-            "data.prepare", "plan", road.path("records"), f"--seq_len={length}",
+        plan = pipeline.program(
+            "data.prepare", "plan", pipeline.path("records"), f"--seq_len={length}",
             "--document_limit=2048", "--json",
         )  # fmt: skip
         found[f"rows of {length}"] = {name: plan[name] for name in ("rows", "fill")}
     return found
 
 
-def forward(road: Road) -> dict[str, Any]:
+def forward(pipeline: Pipeline) -> dict[str, Any]:
     """Compare one forward pass of a packed row with HF's layers, layer by layer, and the logits."""
-    return road.ours("forward") | road.theirs("forward")
+    return pipeline.ours("forward") | pipeline.theirs("forward")
 
 
-def generate(road: Road) -> dict[str, Any]:
+def generate(pipeline: Pipeline) -> dict[str, Any]:
     """Generate greedy text, and the first codes of an image with guidance; compare each token."""
-    return road.ours("generate") | road.theirs("generate")
+    return pipeline.ours("generate") | pipeline.theirs("generate")
 
 
-def gradient(road: Road) -> dict[str, Any]:
+def gradient(pipeline: Pipeline) -> dict[str, Any]:
     """Compare loss and adapter gradients of one LoRA step with autograd in two layers."""
-    return road.ours("gradient") | road.theirs("gradient")
+    return pipeline.ours("gradient") | pipeline.theirs("gradient")
 
 
-def train(road: Road) -> dict[str, Any]:
+def train(pipeline: Pipeline) -> dict[str, Any]:
     """Train three steps on short rows: kill the process after its first checkpoint, then resume."""
-    shutil.rmtree(road.path("run"), ignore_errors=True)
-    fields = steps.overrides(road.job, tokens=road.job.settings["train_tokens"])
+    shutil.rmtree(pipeline.path("run"), ignore_errors=True)
+    fields = steps.overrides(pipeline.job, tokens=pipeline.job.settings["train_tokens"])
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
     words = [
-        "medmax_jax.train", "--config=configs/medmax_7b_lora.py", f"--workdir={road.path('run')}",
+        "medmax_jax.train",
+        "--config=configs/medmax_7b_lora.py",
+        f"--workdir={pipeline.path('run')}",
         *(f"--config.{name}={value}" for name, value in values.items()),
-    ]  # fmt: skip
-    _kill_after_first_checkpoint(road, words)
-    road.program(*words)
-    log = pathlib.Path(road.path("run/metrics.jsonl")).read_text().splitlines()
+    ]
+    _kill_after_first_checkpoint(pipeline, words)
+    pipeline.program(*words)
+    log = pathlib.Path(pipeline.path("run/metrics.jsonl")).read_text().splitlines()
     rows = [row for row in map(json.loads, log) if row["kind"] == "train"]
-    resumed = "resum" in pathlib.Path(road.path("run/train.log")).read_text()
+    resumed = "resum" in pathlib.Path(pipeline.path("run/train.log")).read_text()
     return dict(losses={row["step"]: round(row["loss"], 4) for row in rows}, resumed=resumed)
 
 
-def _kill_after_first_checkpoint(road: Road, words: list[str]) -> None:
+def _kill_after_first_checkpoint(pipeline: Pipeline, words: list[str]) -> None:
     """Start the training run, and send it SIGKILL during its second step."""
-    with open(road.path("logs/train.killed.log"), "wb") as log:
+    with open(pipeline.path("logs/train.killed.log"), "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", *words], stdout=log, stderr=log, cwd=convert_7b.ROOT
         )
-        deadline, folder = time.monotonic() + RUN_SECONDS, pathlib.Path(road.path("run"))
+        deadline, folder = time.monotonic() + RUN_SECONDS, pathlib.Path(pipeline.path("run"))
         while not any(folder.glob("checkpoints/[0-9]*/sha256.json")):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
@@ -183,63 +204,70 @@ def _kill_after_first_checkpoint(road: Road, words: list[str]) -> None:
             raise SystemExit(f"{words[0]} ended by itself; use longer rows")
 
 
-def export(road: Road) -> dict[str, Any]:
+def export(pipeline: Pipeline) -> dict[str, Any]:
     """Merge the trained adapter, export to HF and Meta, reload in torch."""
-    found = road.ours("adapted")
-    _convert(road, "run", "merged_hf", "--format", "hf", "--base", road.path("native"))
-    found |= road.theirs("reload")
-    _convert(road, "merged_hf", "merged_meta", "--format", "meta")
-    found |= road.theirs("meta")
-    road.remove("merged_hf", "merged_meta")
+    found = pipeline.ours("adapted")
+    _convert(pipeline, "run", "merged_hf", "--format", "hf", "--base", pipeline.path("native"))
+    found |= pipeline.theirs("reload")
+    _convert(pipeline, "merged_hf", "merged_meta", "--format", "meta")
+    found |= pipeline.theirs("meta")
+    pipeline.remove("merged_hf", "merged_meta")
     return found
 
 
-def quantize(road: Road) -> dict[str, Any]:
+def quantize(pipeline: Pipeline) -> dict[str, Any]:
     """Convert to int8 and nf4, and compare logits with those of bfloat16."""
     for kind in ("int8", "nf4"):
-        _convert(road, "hf", kind, "--format", "native", "--quant", kind)
-    sizes = {f"{kind}_gb": _gb(road, kind) for kind in ("int8", "nf4")}
-    found = sizes | {"correlation of logits": road.ours("quantized")}
-    road.remove("int8", "nf4")
+        _convert(pipeline, "hf", kind, "--format", "native", "--quant", kind)
+    sizes = {f"{kind}_gb": _gb(pipeline, kind) for kind in ("int8", "nf4")}
+    found = sizes | {"correlation of logits": pipeline.ours("quantized")}
+    pipeline.remove("int8", "nf4")
     return found
 
 
-def evaluate(road: Road) -> dict[str, Any]:
+def evaluate(pipeline: Pipeline) -> dict[str, Any]:
     """Evaluate eight items: closed and multiple-choice questions about two images."""
-    make.write_items(road.args.scratch)
-    shutil.rmtree(road.path("eval"), ignore_errors=True)
+    make.write_items(pipeline.args.scratch)
+    shutil.rmtree(pipeline.path("eval"), ignore_errors=True)
     fields = dict(
-        questions=road.path("items.jsonl"), baselines="constant", probes="", options=False, rows=1,
+        questions=pipeline.path("items.jsonl"),
+        baselines="constant",
+        probes="",
+        options=False,
+        rows=1,
         images=str(make.SAMPLE),
-    )  # fmt: skip
-    road.program(
-        "medmax_jax.eval.run", "--config=configs/eval_tiny.py", f"--workdir={road.path('eval')}",
-        f"--model=native:{road.path('native')}", "--config.sample.max_gen_len=1",
+    )
+    pipeline.program(
+        "medmax_jax.eval.run",
+        "--config=configs/eval_tiny.py",
+        f"--workdir={pipeline.path('eval')}",
+        f"--model=native:{pipeline.path('native')}",
+        "--config.sample.max_gen_len=1",
         *(f"--config.{name}={value}" for name, value in fields.items()),
-    )  # fmt: skip
-    summary = json.loads(pathlib.Path(road.path("eval/summary.json")).read_text())
+    )
+    summary = json.loads(pathlib.Path(pipeline.path("eval/summary.json")).read_text())
     return dict(items=sum(row["n"] for row in summary["scores"]))
 
 
-def large_layer(road: Road) -> dict[str, Any]:
+def large_layer(pipeline: Pipeline) -> dict[str, Any]:
     """Convert one layer of the 30B, and compare its forward and backward pass."""
     for name, layout in (("large", "native"), ("large_hf", "hf")):
-        _convert(road, "large_meta", name, "--format", layout)
-    found = road.ours("large_layer") | road.theirs("large_layer")
-    road.remove("large", "large_hf", "large_meta")
+        _convert(pipeline, "large_meta", name, "--format", layout)
+    found = pipeline.ours("large_layer") | pipeline.theirs("large_layer")
+    pipeline.remove("large", "large_hf", "large_meta")
     return found
 
 
-def memory(road: Road) -> dict[str, Any]:
+def memory(pipeline: Pipeline) -> dict[str, Any]:
     """Compare the plan's arithmetic with what XLA's CPU client reports for the training step."""
-    return road.ours("memory")
+    return pipeline.ours("memory")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A stage, what it needs at true size, and the stages that it needs."""
 
-    run: Callable[[Road], dict[str, Any]]
+    run: Callable[[Pipeline], dict[str, Any]]
     memory_gb: float
     disk_gb: float  # more than is there already
     after: tuple[str, ...] = ()
@@ -265,14 +293,17 @@ STAGES = {
 }
 
 
-def check(name: str, stage: Stage, road: Road) -> None:
+def check(name: str, stage: Stage, pipeline: Pipeline) -> None:
     """Exit with the reason when a stage cannot start."""
-    done = pathlib.Path(road.path("results"))
+    done = pathlib.Path(pipeline.path("results"))
     if missing := [other for other in stage.after if not (done / f"{other}.json").exists()]:
         raise SystemExit(f"stage {name} needs {missing[0]}; add --stage {missing[0]}")
-    if road.args.smoke:
+    if pipeline.args.smoke:
         return
-    free = {"memory": drill.available_memory(), "disk": shutil.disk_usage(road.args.scratch).free}
+    free = {
+        "memory": full_check.available_memory(),
+        "disk": shutil.disk_usage(pipeline.args.scratch).free,
+    }
     for what, need in (("memory", stage.memory_gb), ("disk", stage.disk_gb)):
         if free[what] is not None and free[what] < need * GB:
             raise SystemExit(
@@ -282,31 +313,31 @@ def check(name: str, stage: Stage, road: Road) -> None:
             )
 
 
-def walk(road: Road, names: list[str]) -> dict[str, Any]:
+def run_stages(pipeline: Pipeline, names: list[str]) -> dict[str, Any]:
     """Run the stages that have no result yet; return all results."""
-    folder, results = pathlib.Path(road.path("results")), {}
+    folder, results = pathlib.Path(pipeline.path("results")), {}
     for name in names:
         file = folder / f"{name}.json"
         if not file.exists():
-            check(name, STAGES[name], road)
-            road.stage, road.commands, load = name, [], os.getloadavg()
-            found = STAGES[name].run(road)
-            peak = max((c["peak_VmRSS_gb"] for c in road.commands), default=0.0)
-            seconds = round(sum(c["seconds"] for c in road.commands), 1)
-            result = dict(seconds=seconds, peak_gb=peak, found=found, commands=road.commands)
+            check(name, STAGES[name], pipeline)
+            pipeline.stage, pipeline.commands, load = name, [], os.getloadavg()
+            found = STAGES[name].run(pipeline)
+            peak = max((c["peak_VmRSS_gb"] for c in pipeline.commands), default=0.0)
+            seconds = round(sum(c["seconds"] for c in pipeline.commands), 1)
+            result = dict(seconds=seconds, peak_gb=peak, found=found, commands=pipeline.commands)
             file.write_text(json.dumps(result | dict(load_average=[load, os.getloadavg()])))
         results[name] = json.loads(file.read_text())
     return results
 
 
-def _convert(road: Road, source: str, target: str, *flags: str) -> None:
-    shutil.rmtree(road.path(target), ignore_errors=True)
-    places = ("--from", road.path(source), "--to", road.path(target))
-    road.program("medmax_jax.convert", *places, *flags)
+def _convert(pipeline: Pipeline, source: str, target: str, *flags: str) -> None:
+    shutil.rmtree(pipeline.path(target), ignore_errors=True)
+    places = ("--from", pipeline.path(source), "--to", pipeline.path(target))
+    pipeline.program("medmax_jax.convert", *places, *flags)
 
 
-def _gb(road: Road, name: str) -> float:
-    return round(convert_7b.size_of(pathlib.Path(road.path(name))) / GB, 3)
+def _gb(pipeline: Pipeline, name: str) -> float:
+    return round(convert_7b.size_of(pathlib.Path(pipeline.path(name))) / GB, 3)
 
 
 def main() -> None:
@@ -338,7 +369,7 @@ def main() -> None:
         raise SystemExit(f"{args.scratch}: was made with {job.read_text()}; use another --scratch")
     job.write_text(json.dumps(settings))
     names = [name for name in STAGES if not args.stage or name in args.stage]
-    results = walk(Road(args), names)
+    results = run_stages(Pipeline(args), names)
     if not args.keep and not args.stage:
         shutil.rmtree(args.scratch)
     versions = {"jax": jax.__version__, "python": sys.version.split()[0]}

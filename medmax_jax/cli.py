@@ -35,7 +35,7 @@ DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
 RESUME = "run the same command again to resume"
 STOPPED = f"interrupted; {RESUME}"
 CACHE_BYTES = 2**30  # of the user's compile cache; the programs of the quickstart take 2 MB
-MIN_COMPILE_SECONDS = 0.1  # of a program that is worth a file
+MIN_COMPILE_SECONDS = 0.1  # of a program that is cached
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
 

@@ -135,7 +135,7 @@ def _download(address: Address, say: Callable[[str], None]) -> str:
             address.repo, revision=address.revision, allow_patterns=address.patterns,
             local_files_only=True,
         )  # fmt: skip
-        say(f"{origin(folder)}: from the cache; the hub was not asked ({_first_line(error)})")
+        say(f"{origin(folder)}: from the cache; the hub was not contacted ({_first_line(error)})")
         return folder
     files = [file for file in info.siblings if address.contains(file.rfilename)]
     if not files:

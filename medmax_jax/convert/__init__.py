@@ -6,7 +6,7 @@ adapters            LoRA adapters: PEFT's layout, this project's, and a training
 check               Check whether a checkpoint is what was published, and computes the same here as
                     in torch.
 convert             Convert from a path to a path atomically: read, merge, quantize, write.
-drill               The ten checks of published weights that only their owner can run, and a page of
+full_check          The ten checks of published weights that only their owner can run, and a page of
                     the results.
 hf                  Hugging Face's layout of the Chameleon family.
 inspect_checkpoint  Describe a checkpoint from its headers and a few percent of its weights.

@@ -28,7 +28,7 @@ import jax
 
 from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED
-from medmax_jax.convert import check, convert, drill, inspect_checkpoint, model_card
+from medmax_jax.convert import check, convert, full_check, inspect_checkpoint, model_card
 from medmax_jax.data import sample
 from medmax_jax.data.mixture import SOURCES
 from medmax_jax.data.sample.manifest import read_manifest
@@ -80,7 +80,7 @@ def _inspect_parser() -> arguments.Parser:
 def _check_parser() -> arguments.Parser:
     parser = arguments.Parser(
         prog="python -m medmax_jax.convert check",
-        description=f"{check.__doc__}\n--full: {drill.__doc__}",
+        description=f"{check.__doc__}\n--full: {full_check.__doc__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", metavar="P")
@@ -93,8 +93,8 @@ def _check_parser() -> arguments.Parser:
     parser.add_argument("--full", action="store_true", help="run the ten checks; requires --out")
     parser.add_argument("--out", metavar="D", help="--full: folder of the results")
     parser.add_argument(
-        "--only", metavar="NAME", action="append", default=[], choices=drill.CHECKS,
-        help=f"--full: run this check, may be repeated; one of {', '.join(drill.CHECKS)}",
+        "--only", metavar="NAME", action="append", default=[], choices=full_check.CHECKS,
+        help=f"--full: run this check, may be repeated; one of {', '.join(full_check.CHECKS)}",
     )  # fmt: skip
     parser.add_argument("--codes", metavar="F", help="--full: recorded codes of the three images")
     return parser
@@ -108,11 +108,11 @@ def _check(argv: Sequence[str]) -> int:
     if args.full != bool(args.out):
         parser.error("--full and --out D are given together")
     if args.full:
-        subject = drill.Subject(
+        subject = full_check.Subject(
             args.path, pathlib.Path(args.out), codes=args.codes, torch_python=args.torch_python,
             say=say,
         )  # fmt: skip
-        return drill.run(subject, args.only)
+        return full_check.run(subject, args.only)
     if args.only or args.codes:
         parser.error("--only and --codes belong to --full")
     return check.check(args.path, torch_python=args.torch_python, scratch=args.scratch, say=say)

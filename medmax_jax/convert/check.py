@@ -10,7 +10,7 @@ python -m medmax_jax.convert check P [--torch_python PY] [--scratch D]
                 writes P in two layouts under --scratch, so it needs twice its size there
 
 Each line ends in ok, NOT OK or a finding; the exit code is 1 when one is not ok. The ten checks of
-`--full` are in drill.py.
+`--full` are in full_check.py.
 """
 
 import dataclasses

@@ -167,7 +167,7 @@ def _mixed(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
 
 
 def _facts(args: argparse.Namespace) -> dict[str, object]:
-    """Return what a page says of its data and of the program."""
+    """Return the facts on a page about its data and the program."""
     digest = file_sha256(Path(args.table))[:16]
     facts = {"table": args.table, "digest": digest, "law": args.law, "seed": args.seed}
     return facts | {"bootstraps": args.bootstraps} | environment()

@@ -1,4 +1,4 @@
-"""hf:// addresses, against a real server that speaks as the hub, well and badly."""
+"""hf:// addresses, against a real server with the hub's endpoints, with and without faults."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_downloads_once_and_resumes_what_was_interrupted(server, tmp_path):
     offline, log = locate(
         "http://127.0.0.1:9", tmp_path, "hf://org/good", "hf://org/gated", HF_HUB_OFFLINE="1"
     )
-    assert offline[0] == found[0] and "the hub was not asked" in log
+    assert offline[0] == found[0] and "the hub was not contacted" in log
     assert "not complete in the cache" in offline[1][1] and "HF_HUB_OFFLINE" in offline[1][1]
 
 

@@ -1,4 +1,4 @@
-"""The walk at true size: on tiny widths the same stages run, and too small machines are refused."""
+"""The stages of true_size.py: on tiny widths they run, and too small machines are refused."""
 
 import argparse
 import json
@@ -42,16 +42,16 @@ def test_a_stage_states_its_need_before_it_starts(short, tmp_path, monkeypatch):
     import true_size
 
     args = argparse.Namespace(scratch=tmp_path, smoke=False)
-    road, stage = true_size.Road(args), true_size.STAGES["inputs"]
+    pipeline, stage = true_size.Pipeline(args), true_size.STAGES["inputs"]
     free = {"memory": 10**12, "disk": 10**12} | {short: 2 * 10**9}
     usage = argparse.Namespace(free=free["disk"])
-    monkeypatch.setattr(true_size.drill, "available_memory", lambda: free["memory"])
+    monkeypatch.setattr(true_size.full_check, "available_memory", lambda: free["memory"])
     monkeypatch.setattr(true_size.shutil, "disk_usage", lambda _: usage)
     need = {"memory": stage.memory_gb, "disk": stage.disk_gb}[short]
     with pytest.raises(SystemExit, match=f"inputs needs {need} GB of {short}, but 2.0 GB are free"):
-        true_size.check("inputs", stage, road)
-    monkeypatch.setattr(true_size.drill, "available_memory", lambda: 10**12)
+        true_size.check("inputs", stage, pipeline)
+    monkeypatch.setattr(true_size.full_check, "available_memory", lambda: 10**12)
     monkeypatch.setattr(true_size.shutil, "disk_usage", lambda _: argparse.Namespace(free=10**12))
-    true_size.check("inputs", stage, road)
+    true_size.check("inputs", stage, pipeline)
     with pytest.raises(SystemExit, match="stage convert needs inputs; add --stage inputs"):
-        true_size.check("convert", true_size.STAGES["convert"], road)
+        true_size.check("convert", true_size.STAGES["convert"], pipeline)

@@ -1,4 +1,4 @@
-"""A real HTTP server on 127.0.0.1 that speaks as the Hugging Face hub, well or badly."""
+"""A real HTTP server on 127.0.0.1 with the endpoints of the Hugging Face hub, and its faults."""
 
 import contextlib
 import hashlib

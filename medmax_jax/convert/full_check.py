@@ -2,14 +2,14 @@
 
 python -m medmax_jax.convert check P --full --out D [--only NAME] [--codes F] [--torch_python PY]
 
-    D/drill.json, drill.html    the results; a check that is run again replaces its row
+    D/checks.json, checks.html    the results; a check that is run again replaces its row
     D/images/                   the three images as the VQGAN reads them, and reconstructed by it
     D/codes.json                their codes, in the format of --codes:
                                 {"tool": "what made them", "images": {"ct-head_00.png": [7, 0, ..]}}
     D/native/                   P in this project's layout; delete it when all checks are done
 
 Tensors are read one at a time; the two checks that generate load the model in a process of their
-own. A check that cannot run says why, and counts as not run. Exit code 1: a check failed.
+own. A check that cannot run states the reason, and counts as not run. Exit code 1: a check failed.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ from medmax_jax.models import images, vqgan
 from medmax_jax.models.image_headers import ImageError
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-PAGE, RESULTS, CODES = "drill.html", "drill.json", "codes.json"
+PAGE, RESULTS, CODES = "checks.html", "checks.json", "codes.json"
 ISSUES = "https://github.com/medmax-jax/medmax_jax/issues"
 EMBEDDED = ("ct-head_00", "angiogram_00", "blood-smear_00")  # of data/sample/images
 TEXTS = (
@@ -82,7 +82,7 @@ RELEASED = Published(
 
 
 class NotRunError(Exception):
-    """Raised by a check that cannot run; the message says why."""
+    """Raised by a check that cannot run; the message states the reason."""
 
 
 class Measured(NamedTuple):

@@ -17,7 +17,7 @@ from convert_setup import BASE, TINY, shards, write_meta
 from hub_server import SHA, Hub, serving
 
 from medmax_jax.checkpoints.safetensors_file import dotted_name
-from medmax_jax.convert import check, convert, drill, hf, meta, model_card
+from medmax_jax.convert import check, convert, full_check, hf, meta, model_card
 from medmax_jax.convert.__main__ import main
 from medmax_jax.convert.state_dict import Checkpoint
 from medmax_jax.io.storage import Folder, StorageError
@@ -56,23 +56,23 @@ def fixture_medmax_hf(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module", name="rehearsed")
-def fixture_rehearsed(anole, tmp_path_factory) -> drill.Subject:
+def fixture_rehearsed(anole, tmp_path_factory) -> full_check.Subject:
     """After all checks that start no process, with its results; codes were not supplied."""
     done = subject(anole, tmp_path_factory.mktemp("results"))
-    assert drill.run(done, HERE) == 0
+    assert full_check.run(done, HERE) == 0
     return done
 
 
-def subject(path, out, **options) -> drill.Subject:
-    """The drill on a stand-in, whose published facts are those of the tiny model."""
-    published = drill.Published(
+def subject(path, out, **options) -> full_check.Subject:
+    """The full_check on a stand-in, whose published facts are those of the tiny model."""
+    published = full_check.Published(
         md5={}, models=("unknown size",), vocab_size=SOURCE.vocab.size, vq=SOURCE.vq, min_psnr=18.0,
         question="The capital of France is", answer="MRI",
     )  # fmt: skip
-    return drill.Subject(str(path), out, published=published, say=lambda _: None, **options)
+    return full_check.Subject(str(path), out, published=published, say=lambda _: None, **options)
 
 
-def again(done: drill.Subject, out, **changes) -> drill.Subject:
+def again(done: full_check.Subject, out, **changes) -> full_check.Subject:
     """The same with what it has read and computed, except for these attributes."""
     other = copy.copy(done)
     for name, value in (changes | {"out": out}).items():
@@ -81,7 +81,7 @@ def again(done: drill.Subject, out, **changes) -> drill.Subject:
 
 
 def rows(out) -> dict[str, dict]:
-    content = json.loads((out / drill.RESULTS).read_text())
+    content = json.loads((out / full_check.RESULTS).read_text())
     found = {row["name"]: row for row in content["checks"]}
     results = [row["result"] for row in found.values()]
     assert content["counts"] == {r: results.count(r) for r in content["counts"]}
@@ -95,20 +95,20 @@ def copied(folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 def failures(path, tmp_path, names) -> dict[str, str]:
     """What each failed check measured; the exit code agrees."""
     out = tmp_path / "out"
-    status = drill.run(subject(path, out), names)
-    failed = {n: r["measured"] for n, r in rows(out).items() if r["result"] == drill.FAILED}
+    status = full_check.run(subject(path, out), names)
+    failed = {n: r["measured"] for n, r in rows(out).items() if r["result"] == full_check.FAILED}
     assert status == bool(failed)
     return failed
 
 
 def test_ten_checks_in_the_order_of_the_page():
-    assert len(drill.CHECKS) == 10 and set(HERE) < set(drill.CHECKS)
+    assert len(full_check.CHECKS) == 10 and set(HERE) < set(full_check.CHECKS)
 
 
 def test_stand_in_passes_and_the_page_says_what_to_attach(anole, rehearsed):
     found = rows(rehearsed.out)
-    assert {n: r["result"] for n, r in found.items()} == dict.fromkeys(HERE, drill.PASSED) | {
-        "codes": drill.NOT_RUN
+    assert {n: r["result"] for n, r in found.items()} == dict.fromkeys(HERE, full_check.PASSED) | {
+        "codes": full_check.NOT_RUN
     }
     assert found["checksums"]["measured"] == "6 files, 0 differ"
     assert found["conversion"]["measured"] == "236 of 236 tensors equal in dtype and bits"
@@ -116,43 +116,43 @@ def test_stand_in_passes_and_the_page_says_what_to_attach(anole, rehearsed):
     for row in found.values():
         assert row["seconds"] >= 0 and 0.05 < row["peak_gb"] < 24 and row["limit"] is not None
         assert f"--only {row['name']} --out" in row["command"]
-    page = (rehearsed.out / drill.PAGE).read_text()
-    assert "6 passed, 0 failed, 1 not run" in page and drill.ISSUES in page
+    page = (rehearsed.out / full_check.PAGE).read_text()
+    assert "6 passed, 0 failed, 1 not run" in page and full_check.ISSUES in page
     assert page.count("<figure>") == 6
     with pytest.raises(StorageError, match="results of .*; use another --out"):
-        drill.run(subject(anole / "models" / "7b", rehearsed.out), ["tensors"])
+        full_check.run(subject(anole / "models" / "7b", rehearsed.out), ["tensors"])
 
 
 def test_recorded_codes_equal_or_swapped(rehearsed, tmp_path):
-    recorded = rehearsed.out / drill.CODES
-    shutil.copy(rehearsed.out / drill.RESULTS, tmp_path)
+    recorded = rehearsed.out / full_check.CODES
+    shutil.copy(rehearsed.out / full_check.RESULTS, tmp_path)
     done = again(rehearsed, tmp_path, codes=str(recorded))
-    assert drill.run(done, ["codes"]) == 0
+    assert full_check.run(done, ["codes"]) == 0
     found = rows(tmp_path)
-    assert found["codes"]["result"] == drill.PASSED and list(found) == list(HERE)
+    assert found["codes"]["result"] == full_check.PASSED and list(found) == list(HERE)
     assert f"--codes {recorded}" in found["codes"]["command"]
     content = json.loads(recorded.read_text())
     a, b, _ = content["images"]
     content["images"] |= {a: content["images"][b], b: content["images"][a]}
     done.codes = str(tmp_path / "swapped.json")
     pathlib.Path(done.codes).write_text(json.dumps(content))
-    assert drill.run(done, ["codes"]) == 1
-    assert rows(tmp_path)["codes"]["result"] == drill.FAILED
+    assert full_check.run(done, ["codes"]) == 1
+    assert rows(tmp_path)["codes"]["result"] == full_check.FAILED
     pathlib.Path(done.codes).write_text(json.dumps({"tool": "x", "images": {a: [1, 2]}}))
-    assert drill.run(done, ["codes"]) == 1
+    assert full_check.run(done, ["codes"]) == 1
     assert f'images."{a}" must be 64 integers' in rows(tmp_path)["codes"]["measured"]
     done.codes = str(tmp_path / "none.json")
-    assert drill.run(done, ["codes"]) == 1
+    assert full_check.run(done, ["codes"]) == 1
     assert "none.json" in rows(tmp_path)["codes"]["measured"]
 
 
 def test_released_facts_reject_a_stand_in(rehearsed, tmp_path):
-    real = again(rehearsed, tmp_path, published=drill.RELEASED)
-    assert drill.run(real, ["checksums", "tensors"]) == 1
+    real = again(rehearsed, tmp_path, published=full_check.RELEASED)
+    assert full_check.run(real, ["checksums", "tensors"]) == 1
     wrong = rows(tmp_path)["tensors"]["details"]
     assert any("sizes of no published model" in line for line in wrong)
     assert any("published 65536" in line for line in wrong)
-    assert drill.RELEASED.vq == vqgan.RELEASED and drill.RELEASED.md5 == check.PUBLISHED
+    assert full_check.RELEASED.vq == vqgan.RELEASED and full_check.RELEASED.md5 == check.PUBLISHED
 
 
 # ---- Damage to the files, each found by the check that is for it ----
@@ -179,7 +179,7 @@ def test_missing_tensor_of_an_index(medmax_hf, tmp_path):
     failed = failures(tmp_path / "copy", tmp_path, ["checksums", "tensors", "psnr"])
     assert list(failed) == ["tensors"] and "model.layers.1.mlp.up_proj.weight" in failed["tensors"]
     others = {n: r for n, r in rows(tmp_path / "out").items() if n != "tensors"}
-    assert {r["result"] for r in others.values()} == {drill.NOT_RUN}
+    assert {r["result"] for r in others.values()} == {full_check.NOT_RUN}
     assert "see the check `tensors`" in others["psnr"]["measured"]
     assert "no published digest" in others["checksums"]["measured"]
 
@@ -187,11 +187,11 @@ def test_missing_tensor_of_an_index(medmax_hf, tmp_path):
 def test_index_of_another_checkpoint(medmax_hf, tmp_path):
     path = copied(medmax_hf, tmp_path) / "model.safetensors.index.json"
     folder = Folder(path.parent)
-    assert drill.index_problems(folder) == []
+    assert full_check.index_problems(folder) == []
     index = json.loads(path.read_text())
     index["metadata"]["total_size"] += 4
     path.write_text(json.dumps(index))
-    assert "but the index states" in drill.index_problems(folder)[0]
+    assert "but the index states" in full_check.index_problems(folder)[0]
 
 
 def test_tokenizer_of_another_model(anole, tmp_path):
@@ -221,10 +221,10 @@ def changed(source: Checkpoint, name: str, change) -> Checkpoint:
 def test_values_that_cannot_be(rehearsed, tmp_path):
     codes = slice(4, 4 + SOURCE.vocab.image_codes)
     zero = changed(rehearsed.source, "lm_head.weight", lambda a: a[codes].fill(0))
-    assert drill.run(again(rehearsed, tmp_path, source=zero), ["values"]) == 1
+    assert full_check.run(again(rehearsed, tmp_path, source=zero), ["values"]) == 1
     assert "image rows of the head: std 0.0" in rows(tmp_path)["values"]["measured"]
     nan = changed(rehearsed.source, "lm_head.weight", lambda a: a[3].fill(np.nan))
-    assert drill.run(again(rehearsed, tmp_path, source=nan), ["values"]) == 1
+    assert full_check.run(again(rehearsed, tmp_path, source=nan), ["values"]) == 1
     assert "output.weight: 128 of" in rows(tmp_path)["values"]["measured"]
 
 
@@ -236,7 +236,7 @@ def test_conversion_compares_every_bit(rehearsed, tmp_path):
 
     other = changed(rehearsed.native, name, change)
     assert other.fingerprint == rehearsed.source.fingerprint
-    assert drill.run(again(rehearsed, tmp_path, native=other), ["conversion"]) == 1
+    assert full_check.run(again(rehearsed, tmp_path, native=other), ["conversion"]) == 1
     row = rows(tmp_path)["conversion"]
     assert row["measured"] == "235 of 236 tensors equal in dtype and bits"
     assert row["details"] == [name]
@@ -247,18 +247,18 @@ def test_decoder_of_another_vqgan(rehearsed, tmp_path):
         return -leaf if dotted_name(path) == "decoder.conv_out.kernel" else leaf
 
     other = jax.tree_util.tree_map_with_path(negated, rehearsed.network)
-    assert drill.run(again(rehearsed, tmp_path, network=other), ["psnr"]) == 1
+    assert full_check.run(again(rehearsed, tmp_path, network=other), ["psnr"]) == 1
 
 
 # ---- What cannot run ----
 
 
 def test_what_cannot_run_says_why(rehearsed, tmp_path, monkeypatch):
-    monkeypatch.setattr(drill, "MEMORY_FACTOR", 1e9)
+    monkeypatch.setattr(full_check, "MEMORY_FACTOR", 1e9)
     native = again(rehearsed, tmp_path, source=SOURCE)
-    assert drill.run(native, ["conversion", "torch", "answer"]) == 0
+    assert full_check.run(native, ["conversion", "torch", "answer"]) == 0
     reasons = {name: row["measured"] for name, row in rows(tmp_path).items()}
-    assert {row["result"] for row in rows(tmp_path).values()} == {drill.NOT_RUN}
+    assert {row["result"] for row in rows(tmp_path).values()} == {full_check.NOT_RUN}
     assert "this project's layout already" in reasons["conversion"]
     assert "set --torch_python" in reasons["torch"]
     assert "GB of memory, but" in reasons["answer"]
@@ -283,15 +283,15 @@ def test_program_from_the_hub(medmax_hf, tmp_path):
         )
     assert done.returncode == 1, done.stderr  # the stand-in has no published size
     found = rows(tmp_path / "out")
-    assert found["checksums"]["result"] == drill.PASSED
+    assert found["checksums"]["result"] == full_check.PASSED
     assert found["checksums"]["measured"] == f"{len(files)} files, 0 differ"
-    assert found["tensors"]["result"] == drill.FAILED
+    assert found["tensors"]["result"] == full_check.FAILED
     for name in ("psnr", "image"):
-        assert found[name]["result"] == drill.NOT_RUN
+        assert found[name]["result"] == full_check.NOT_RUN
         assert "no VQGAN decoder" in found[name]["measured"]
     pinned = f"hf://mint-medmax/medmax_7b_hf@{SHA}"
     assert f"weights: {pinned}" in done.stdout and "MB" not in done.stderr.split("\n")[0]
-    assert json.loads((tmp_path / "out" / drill.RESULTS).read_text())["weights"] == pinned
+    assert json.loads((tmp_path / "out" / full_check.RESULTS).read_text())["weights"] == pinned
     blob = next(p for p in (tmp_path / "hub").rglob("model-00002*")).resolve()
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
@@ -312,16 +312,16 @@ def test_model_card_names_the_commit_but_no_local_path():
 
 @pytest.mark.slow
 def test_all_ten_by_the_program_on_the_tiny_model(anole, tmp_path):
-    status = drill.run(subject(anole, tmp_path))
+    status = full_check.run(subject(anole, tmp_path))
     found = rows(tmp_path)
-    assert status == 0 and list(found) == list(drill.CHECKS), found
-    not_run = {n for n, r in found.items() if r["result"] == drill.NOT_RUN}
+    assert status == 0 and list(found) == list(full_check.CHECKS), found
+    not_run = {n for n, r in found.items() if r["result"] == full_check.NOT_RUN}
     assert not_run == {"codes", "torch"}
     assert "MRI" in found["answer"]["measured"]
     assert (tmp_path / "images" / "generated.png").exists()
     (tmp_path / "native" / "model.zarr" / "norm.scale" / "zarr.json").unlink()
-    assert drill.run(subject(anole, tmp_path), ["answer"]) == 1
-    assert rows(tmp_path)["answer"]["result"] == drill.FAILED
+    assert full_check.run(subject(anole, tmp_path), ["answer"]) == 1
+    assert rows(tmp_path)["answer"]["result"] == full_check.FAILED
 
 
 @pytest.mark.slow
@@ -332,7 +332,7 @@ def test_against_torch(tmp_path):
     """A random model: the VQGAN of the tiny one has other norm groups than torch's."""
     random = write_meta(tmp_path / "m", BASE, shards(BASE, dtypes=("F32",), seed=0), vqgan=True)
     python = os.environ["MEDMAX_TORCH_PYTHON"]
-    assert drill.run(subject(random, tmp_path, torch_python=python), ["torch"]) == 0
+    assert full_check.run(subject(random, tmp_path, torch_python=python), ["torch"]) == 0
     row = rows(tmp_path)["torch"]
-    assert row["result"] == drill.PASSED and "100.00% equal" in row["measured"]
+    assert row["result"] == full_check.PASSED and "100.00% equal" in row["measured"]
     assert f"--torch_python {python}" in row["command"]
