@@ -15,9 +15,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +27,9 @@ from medmax_jax.io.gcs import CHUNK_BYTES, TIMEOUT_VARIABLE, timeout_seconds
 from medmax_jax.io.progress import ByteProgress
 from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.io.text_files import parse_json
+from medmax_jax.io.workdir import staging_folder
 
 META, INDEX = "dataset.json", "index.npy"
-STAGE_VARIABLE = "MEDMAX_STAGE"  # environment variable: the folder of copies
 STREAMS = 8  # files in transfer at once: one GCS stream does not fill a host's network
 
 
@@ -48,7 +46,7 @@ def stage_to_disk(folder: str | os.PathLike) -> Path:
         return Path(folder)
     meta = source.read(META).tobytes()
     shards, index_sha256 = _parse_meta(source, meta)
-    copy = _staging_folder() / hashlib.sha256(meta).hexdigest()[:16]
+    copy = staging_folder() / hashlib.sha256(meta).hexdigest()[:16]
     if not _is_complete(copy, shards):
         with _host_lock(copy):
             if not _is_complete(copy, shards):  # else the previous holder has just made it
@@ -106,28 +104,6 @@ def _fetch(source: Folder, new: Folder, file: _File) -> int:
             f"{file.sha256}: damaged, or from another data set; upload the folder again"
         )
     return file.size
-
-
-def _staging_folder() -> Path:
-    """Return the folder of all copies, which belongs to this user."""
-    configured = os.environ.get(STAGE_VARIABLE)
-    folder = Path(configured or Path(tempfile.gettempdir(), f"medmax_jax_{os.getuid()}"))
-    try:
-        with private_umask():
-            folder.mkdir(parents=True, exist_ok=True)
-        status = (
-            folder.stat() if configured else folder.lstat()
-        )  # any user may write to a temporary folder
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: cannot be created ({error.strerror}); set {STAGE_VARIABLE} to another "
-            "folder"
-        ) from error
-    if not stat.S_ISDIR(status.st_mode) or not (configured or status.st_uid == os.getuid()):
-        raise StorageError(
-            f"{folder}: not a folder that this user owns; set {STAGE_VARIABLE} to one"
-        )
-    return folder.resolve()  # atomic_folder writes next to its target
 
 
 @contextlib.contextmanager

@@ -106,14 +106,14 @@ def _sealed(store: Bucket, seal: str) -> Iterator[None]:
         _check_alone(store, lock_object, seal)
     except BaseException:
         with contextlib.suppress(StorageError):
-            store.write(lock_object, None)
+            store.delete(lock_object)
         raise
     store.seal, store.held_content = seal, None
     try:
         yield
         if store.held_content is None:
             raise _unsealed(store.path, seal)
-        store.write(lock_object, None)
+        store.delete(lock_object)
         store.write(seal, store.held_content)
     except BaseException as e:
         try:
@@ -134,7 +134,7 @@ def _check_alone(store: Bucket, lock_object: str, seal: str) -> None:
     Each writer creates its lock object before it lists the folder, so of two concurrent writers at
     most one finds itself alone.
     """
-    objects = store.objects()
+    objects = store.generations()
     if lock_object not in objects:
         raise StorageError(f"{store.path}: cannot list its own files; {PERMISSION_HINT}")
     if others := [name for name in objects if name != lock_object]:

@@ -1,45 +1,48 @@
-"""Access gs://bucket/prefix through TensorStore's KvStore; used through medmax_jax/io/storage.py.
+"""Access gs://bucket/prefix by Google's client library; used through medmax_jax/io/storage.py.
 
-    GCS and TensorStore 0.1                              therefore
-    a size is sent with each range, and not passed on    it is found by probing single bytes
-    a value is written at once, from copies in memory    an upload has a limit
-    a list that is refused (401, 403, 404) looks empty   an empty one is checked by a read
-    no request has a timeout, 32 retries are made        `wait`, RETRIES
+google-cloud-storage was chosen because it has what a shared folder needs: writes and reads that
+hold for one generation of an object, resumable uploads, and checksums. obstore needs GCS's XML
+interface for uploads, gcsfs has no condition on a generation (Orbax uses it for its paths). Arrays
+are read and written by TensorStore.
 
-TENSORSTORE_GCS_HTTP_URL in the environment names another server; each new Bucket reads it.
+STORAGE_EMULATOR_HOST in the environment names another server (TensorStore:
+TENSORSTORE_GCS_HTTP_URL).
 """
 
-import collections
+import concurrent.futures
 import contextlib
-import itertools
+import functools
+import io
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 from jaxtyping import UInt8
 
+if TYPE_CHECKING:
+    from google.cloud import storage
+
 DEFAULT_TIMEOUT = 60.0  # seconds without an answer after which a server counts as dead
 TIMEOUT_VARIABLE = "MEDMAX_STORAGE_TIMEOUT"  # environment variable that overrides DEFAULT_TIMEOUT
 SLOWEST = 1 << 20  # bytes per second: a transfer may take one more second for each of these
-CHUNK_BYTES, IN_FLIGHT = (
-    16 << 20,
-    8,
-)  # eight streams of GCS saturate the network of a host; 128 MiB in memory
-UPLOAD_LIMIT = 2 << 30  # bytes; KvStore.write copies twice: measured, 3.3 times this in memory
-LARGEST = 5 << 40  # bytes in one object of GCS
+CHUNK_BYTES = 16 << 20  # of a range, and of a part of a resumable upload
+IN_FLIGHT = 8  # ranges: eight streams of GCS saturate the network of a host; 128 MiB in memory
 LOCK_OBJECT = ".partial-"  # an object with this prefix marks a folder that is being written
-# 8 s in total. TensorStore's own 32 retries of up to 32 s would tolerate a wrong host for 15
-# minutes.
-RETRIES = {"max_retries": 5, "initial_delay": "250ms", "max_delay": "4s"}
+RETRY = {"initial": 0.25, "maximum": 4.0}  # seconds between attempts
+SHA256 = "medmax-sha256"  # key of an object's metadata
+MISSING = 0  # the generation of an object that does not exist
+# TensorStore's own 32 retries of up to 32 s would tolerate a wrong host for 15 minutes.
+TENSORSTORE_RETRIES = {"max_retries": 5, "initial_delay": "250ms", "max_delay": "4s"}
 PERMISSION_HINT = (
     "give this account the role Storage Object User, or log in: "
     "gcloud auth application-default login"
 )
 SPACE = "free some space, or choose another disk"
-HINTS = {
+HINTS = {  # of TensorStore's errors, and of those of the client library
     "PERMISSION_DENIED": PERMISSION_HINT,
     "UNAUTHENTICATED": PERMISSION_HINT,
     "RESOURCE_EXHAUSTED": SPACE,
@@ -48,14 +51,26 @@ HINTS = {
     "OUT_OF_RANGE": "the file is shorter than it should be; copy it again",
     "ABORTED": "check the network and the host, then try again",
 }
+CODES = {401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 416: "OUT_OF_RANGE"}
+
+
+class StoredFile(NamedTuple):
+    """What identifies the content of an object."""
+
+    generation: int
+    sha256: str  # "" where it was uploaded without one
 
 
 class StorageError(RuntimeError):
     """A file that cannot be read or written; the message names the path, the cause and the fix."""
 
 
+class ConflictError(StorageError):
+    """An object that has another generation than the one that a write requires."""
+
+
 def wait(future: ts.Future | ts.WriteFutures, what: str, nbytes: int = 0) -> Any:
-    """Return the future's result.
+    """Return the result of a future of TensorStore.
 
     Raises StorageError when it fails or takes longer than DEFAULT_TIMEOUT + nbytes / SLOWEST.
     """
@@ -64,10 +79,7 @@ def wait(future: ts.Future | ts.WriteFutures, what: str, nbytes: int = 0) -> Any
         return future.result(timeout=seconds)
     except TimeoutError as e:
         future.cancel()
-        raise StorageError(
-            f"{what}: no response within {seconds:.3g} s; check the network and the server, or "
-            f"increase {TIMEOUT_VARIABLE} (seconds)"
-        ) from e
+        raise _unresponsive(what, seconds) from e
     except (ValueError, IndexError, NotImplementedError) as e:
         # the rest are the headers and the body of the reply
         message = re.split(r" \[\w+='", str(e))[0]
@@ -80,17 +92,15 @@ class Bucket:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.seal, self.held_content = (
-            "",
-            None,
-        )  # an object that is to be written last, and its content
-        bucket, _, prefix = path.removeprefix("gs://").partition("/")
-        self._spec = {"driver": "gcs", "bucket": bucket, "gcs_request_retries": RETRIES}
+        # An object that is to be written last, and its content.
+        self.seal, self.held_content = "", None
+        self._name, _, prefix = path.removeprefix("gs://").partition("/")
         self._prefix = prefix + "/" if prefix else ""
-        try:
-            self._kv = wait(ts.KvStore.open({**self._spec, "path": self._prefix}), path)
-        except ValueError as e:
-            raise StorageError(f"{path}: {e}; use the form gs://bucket/folder") from e
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", self._name):
+            raise StorageError(
+                f"{path}: {self._name!r} is not the name of a bucket; use the form "
+                "gs://bucket/folder"
+            )
 
     def full(self, name: str) -> str:
         """Return the full path, for messages."""
@@ -98,135 +108,268 @@ class Bucket:
 
     def names(self) -> list[str]:
         """Return the names below, without lock objects."""
-        return [name for name in self.objects() if not name.startswith(LOCK_OBJECT)]
+        return [name for name in self.generations() if not name.startswith(LOCK_OBJECT)]
 
-    def objects(self) -> list[str]:
-        """Return the names below with lock objects, without the empty objects for folders.
+    def generations(self) -> dict[str, int]:
+        """Return the generation of each object below, by name, without the empty ones for folders.
 
         Consoles create an empty object for a folder.
         """
-        names = [key.decode() for key in wait(self._kv.list(), self.path)]
-        if not names:
-            wait(self._start(LOCK_OBJECT, 0, 0), self.path)  # raises if permissions are missing
-        return sorted(key for key in names if key and not key.endswith("/"))
+        with _errors(self.path):
+            blobs = _client().list_blobs(self._name, prefix=self._prefix, **_options())
+            found = {blob.name.removeprefix(self._prefix): blob.generation for blob in blobs}
+        return {name: found[name] for name in sorted(found) if name and not name.endswith("/")}
 
-    def version(self, name: str) -> bytes | None:
+    def version(self, name: str) -> int | None:
         """Return the object's generation, or None where it does not exist."""
-        reply = wait(self._start(name, 0, 0), self.full(name))
-        return None if reply.state == "missing" else reply.stamp.generation
+        blob = self._stored(name)
+        return None if blob is None else blob.generation
 
     def size(self, name: str) -> int:
-        """Return the size of the object in bytes, by about ten rounds of at most 16 probes."""
-        low, high, points = 0, LARGEST, [0, *(8**k for k in range(15))]
-        while low < high:
-            futures = [self._start(name, point, point + 1) for point in points]
-            exists = [self._has_byte(name, future) for future in futures]
-            low = max(
-                (p + 1 for p, found in zip(points, exists, strict=True) if found), default=low
-            )
-            high = min(
-                (p for p, found in zip(points, exists, strict=True) if not found), default=high
-            )
-            points = sorted({low + (high - low) * k // 16 for k in range(16)})
-        return low
+        """Return the size of the object in bytes."""
+        blob = self._stored(name)
+        if blob is None:
+            raise not_found_error(self.full(name))
+        return blob.size
 
     def has_more(self, name: str, nbytes: int) -> bool:
-        """Return whether the object has more than `nbytes` bytes, by one probe."""
-        return self._has_byte(name, self._start(name, nbytes, nbytes + 1))
+        """Return whether the object has more than `nbytes` bytes."""
+        return self.size(name) > nbytes
 
     def read(
-        self, name: str, start: int, stop: int | None, stamp: bytes | None
+        self, name: str, start: int, stop: int | None, stamp: int | None
     ) -> UInt8[np.ndarray, "n"]:
-        """Return the bytes.
-
-        Raises when a piece is of another generation than the stamp or the other pieces.
-        """
-        if stop is None and (start or self.has_more(name, CHUNK_BYTES)):
-            stop = self.size(name)
-        if stop is None:  # short: in one request, without its size
-            reply = self._read_result(name, self._start(name, 0, None), stamp)
-            return np.array(memoryview(reply.value), np.uint8)
+        """Return the bytes of one generation: the stamp, or the present one."""
+        blob = self._stored(name)
+        if blob is None:
+            raise not_found_error(self.full(name))
+        if stamp not in (None, blob.generation):
+            raise changed_error(self.full(name))
+        stop = blob.size if stop is None else stop
+        if not start <= stop <= blob.size:
+            raise StorageError(
+                f"{self.full(name)}: OUT_OF_RANGE: bytes {start} to {stop} of {blob.size}; "
+                f"{HINTS['OUT_OF_RANGE']}"
+            )
         out = np.empty(stop - start, np.uint8)
-        # An empty range takes one request too: it shows whether the object exists.
-        pieces = (
-            (a, min(a + CHUNK_BYTES, stop)) for a in range(start, max(stop, start + 1), CHUNK_BYTES)
-        )
-        in_flight = collections.deque()
+        starts = range(start, stop, CHUNK_BYTES)
+        fetch = functools.partial(self._fetch, blob, memoryview(out), start, stop)
+        if len(starts) == 1:  # small: no thread
+            fetch(start)
+            return out
+        pool = concurrent.futures.ThreadPoolExecutor(IN_FLIGHT)
         try:
-            while True:
-                for piece in itertools.islice(pieces, IN_FLIGHT - len(in_flight)):
-                    in_flight.append((*piece, self._start(name, *piece)))
-                if not in_flight:
-                    return out
-                a, b, future = in_flight.popleft()
-                reply = self._read_result(name, future, stamp)
-                memoryview(out)[a - start : b - start] = reply.value
-                stamp = reply.stamp.generation
+            for _ in pool.map(fetch, starts):
+                pass
         finally:
-            for _, _, future in in_flight:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
+        return out
 
     @contextlib.contextmanager
     def stream(self, name: str) -> Iterator["Upload"]:
-        """Collect the content of an object and write it when the block ends without an error."""
-        upload = Upload(self.full(name))
-        yield upload
+        """Write an object piece by piece; it appears when the block ends without an error."""
         if name == self.seal:
-            self.held_content = upload.data
-        else:
-            self.write(name, upload.data)
+            held = bytearray()
+            yield Upload(self.full(name), held.extend)
+            self.held_content = bytes(held)
+            return
+        writer = self._writer(name)
+        try:
+            yield Upload(self.full(name), writer.write)
+            with _errors(self.full(name)):
+                writer.close()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the upload expires by itself
+                writer.terminate()
+            raise
 
-    def write(self, name: str, data: bytes | bytearray | None) -> None:
-        """Write the object; None deletes it."""
-        wait(self._kv.write(name, data), self.full(name), len(data or b""))
+    def write(
+        self,
+        name: str,
+        data: bytes | Path,
+        generation: int | None = None,
+        *,
+        sha256: str = "",
+        size: int | None = None,
+    ) -> int:
+        """Write the object from memory or a local file; return its generation.
+
+        Args:
+            name: of the object.
+            data: the content, or a file that contains it.
+            generation: the one that is to be replaced, or MISSING for a new object.
+            sha256: is stored with the content, for `stored`.
+            size: the bytes of the file that are written, for one that grows.
+
+        Raises:
+            ConflictError: the object has another generation.
+            StorageError: any other failure.
+        """
+        blob = self._blob(name)
+        blob.metadata = {SHA256: sha256} if sha256 else None
+        source = open(data, "rb") if isinstance(data, Path) else io.BytesIO(data)
+        with _errors(self.full(name)), source:
+            blob.upload_from_file(
+                source, size=size, content_type="application/octet-stream",
+                if_generation_match=generation, **_options(),
+            )  # fmt: skip
+        return blob.generation
+
+    def stored(self, name: str) -> StoredFile | None:
+        """Return the object's generation and the SHA-256 that was stored with it."""
+        blob = self._stored(name)
+        return blob and StoredFile(blob.generation, (blob.metadata or {}).get(SHA256, ""))
+
+    def delete(self, name: str, generation: int | None = None) -> None:
+        """Delete the object if it exists, and if it has this generation."""
+        from google.api_core.exceptions import NotFound
+
+        with _errors(self.full(name)), contextlib.suppress(NotFound):
+            self._blob(name).delete(**_options(), if_generation_match=generation)
 
     def delete_all(self) -> None:
         """Delete everything below."""
-        wait(self._kv.delete_range(ts.KvStore.KeyRange()), self.path)
+        self._for_each(self.generations(), self.delete)
+
+    def move_all(self, target: "Bucket") -> None:
+        """Move everything below to another folder of the same bucket, by copies in the bucket."""
+
+        def move(name: str) -> None:
+            with _errors(self.full(name)):
+                bucket = _client().bucket(self._name)
+                bucket.copy_blob(
+                    self._blob(name), bucket, target._prefix + name, **_options()
+                )
+
+        names = self.generations()
+        self._for_each(names, move)
+        self._for_each(names, self.delete)
 
     def kvstore(self, name: str) -> dict[str, Any]:
         """Return TensorStore's spec of the objects below the name."""
-        return {**self._spec, "path": f"{self._prefix}{name}/"}
+        retries = {"gcs_request_retries": TENSORSTORE_RETRIES}
+        path = f"{self._prefix}{name}/"
+        return {"driver": "gcs", "bucket": self._name, "path": path} | retries
 
-    def _start(self, name: str, start: int, stop: int | None) -> ts.Future:
-        return self._kv.read(name, byte_range=slice(start, stop))
+    def _for_each(self, names, call) -> None:
+        with concurrent.futures.ThreadPoolExecutor(IN_FLIGHT) as pool:
+            for _ in pool.map(call, names):
+                pass
 
-    def _read_result(
-        self, name: str, future: ts.Future, stamp: bytes | None
-    ) -> ts.KvStore.ReadResult:
-        result = wait(future, self.full(name))
-        if result.state == "missing":
-            raise not_found_error(self.full(name))
-        if stamp not in (None, result.stamp.generation):
-            raise changed_error(self.full(name))
-        return result
+    def _blob(self, name: str) -> "storage.Blob":
+        with _errors(self.full(name)):
+            bucket = _client().bucket(self._name)
+            return bucket.blob(self._prefix + name, chunk_size=CHUNK_BYTES)
 
-    def _has_byte(self, name: str, future: ts.Future) -> bool:
-        """Return whether the object has the requested byte."""
-        try:
-            self._read_result(name, future, None)
-        except StorageError as e:
-            if str(e.__cause__).startswith("OUT_OF_RANGE"):
-                return False
-            raise
-        return True
+    def _stored(self, name: str) -> "storage.Blob | None":
+        with _errors(self.full(name)):
+            bucket = _client().bucket(self._name)
+            return bucket.get_blob(self._prefix + name, **_options())
+
+    def _writer(self, name: str) -> io.BufferedIOBase:
+        return self._blob(name).open("wb", chunk_size=CHUNK_BYTES, ignore_flush=True, **_options())
+
+    def _fetch(
+        self, blob: "storage.Blob", out: memoryview, begin: int, stop: int, start: int
+    ) -> None:
+        end = min(start + CHUNK_BYTES, stop)
+        with _errors(self.path + "/" + blob.name.removeprefix(self._prefix)):
+            data = blob.download_as_bytes(
+                start=start, end=end - 1, raw_download=True, checksum=None,
+                if_generation_match=blob.generation, **_options(),
+            )  # fmt: skip
+        if len(data) != end - start:
+            raise changed_error(self.path + "/" + blob.name.removeprefix(self._prefix))
+        out[start - begin : end - begin] = data
 
 
 class Upload:
-    """The content of an object that is being collected."""
+    """The content of an object that is being written."""
 
-    def __init__(self, full: str) -> None:
-        self._full, self.data = full, bytearray()
+    def __init__(self, full: str, write) -> None:
+        self._full, self._write = full, write
 
     def write(self, part: bytes | bytearray | memoryview | np.ndarray) -> None:
-        """Add the bytes, or raise StorageError at the limit."""
-        view = as_bytes(part)
-        if len(self.data) + len(view) > UPLOAD_LIMIT:
-            raise StorageError(
-                f"{self._full}: over {UPLOAD_LIMIT} bytes, but an upload is kept in memory; write "
-                "smaller files, or write to a local folder and copy it: gcloud storage cp -r"
-            )
-        self.data += view
+        """Add the bytes."""
+        with _errors(self._full):
+            self._write(as_bytes(part))
+
+
+@functools.cache
+def _client_of(process: int, server: str) -> "storage.Client":
+    # Imported here: it takes half a second, and only gs:// needs it.
+    from google.cloud import storage
+
+    del process, server  # a forked process, or another server, needs connections of its own
+    return storage.Client()
+
+
+def _client() -> "storage.Client":
+    return _client_of(os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST", ""))
+
+
+def _options() -> dict[str, Any]:
+    """Return the time limits of a request: of one answer, and of all attempts together."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    seconds = timeout_seconds()
+    retry = DEFAULT_RETRY.with_delay(**RETRY).with_timeout(seconds)
+    return {"timeout": (min(10.0, seconds), seconds), "retry": retry}
+
+
+@contextlib.contextmanager
+def _errors(full: str) -> Iterator[None]:
+    """Turn the errors of the client library into a StorageError that names the path."""
+    import requests
+    from google.api_core import exceptions as api
+    from google.auth import exceptions as auth
+    from google.cloud.storage import exceptions as media
+
+    try:
+        yield
+    except (api.GoogleAPIError, auth.GoogleAuthError, media.InvalidResponse) as e:
+        raise _explained(full, e.__cause__ if isinstance(e, api.RetryError) else e) from e
+    except (requests.RequestException, media.DataCorruption, OSError) as e:
+        if isinstance(e, OSError) and e.filename is not None:  # a local file
+            raise StorageError(f"{e.filename}: {e.strerror}; check the path and the disk") from e
+        raise _explained(full, e) from e
+
+
+def _explained(full: str, error: BaseException | None) -> StorageError:
+    import requests
+    from google.auth import exceptions as auth
+    from google.cloud.storage import exceptions as media
+
+    if isinstance(error, (requests.Timeout, TimeoutError)):
+        return _unresponsive(full, timeout_seconds())
+    if isinstance(error, auth.TransportError | requests.RequestException):
+        return StorageError(f"{full}: could not connect; {HINTS['ABORTED']}")
+    if isinstance(error, auth.GoogleAuthError):
+        return StorageError(f"{full}: no valid credentials ({_first_line(error)}); "
+                            f"{PERMISSION_HINT}")  # fmt: skip
+    if isinstance(error, media.DataCorruption):
+        return StorageError(f"{full}: DATA_LOSS: {_first_line(error)}; {HINTS['DATA_LOSS']}")
+    response = getattr(error, "response", None)
+    code = getattr(error, "code", None) or getattr(response, "status_code", None) or 0
+    code = int(code)
+    if code == 404:
+        return not_found_error(full)
+    if code == 412:
+        return ConflictError(f"{full}: changed by another process since it was read")
+    name = CODES.get(code, "ABORTED")
+    return StorageError(f"{full}: {name}: {_first_line(error)}; {HINTS[name]}")
+
+
+def _first_line(error: BaseException | None) -> str:
+    message = getattr(error, "message", None) or str(error)
+    return (message.strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _unresponsive(what: str, seconds: float) -> StorageError:
+    return StorageError(
+        f"{what}: no response within {seconds:.3g} s; check the network and the server, or "
+        f"increase {TIMEOUT_VARIABLE} (seconds)"
+    )
 
 
 def as_bytes(part: bytes | bytearray | memoryview | np.ndarray) -> memoryview:

@@ -1,12 +1,12 @@
 """The files of a checkpoint, under a local folder or under gs://bucket/prefix.
 
     call              local                            gs:// (medmax_jax/io/gcs.py)
-    read, file        pread                            pieces of 16 MiB, eight in flight
-    write, stream     name.partial, fsync, rename      one upload from memory, 2 GiB at most
+    read, file        pread                            ranges of 16 MiB, eight in flight
+    write, stream     name.partial, fsync, rename      a resumable upload in parts of 16 MiB
 
 Every failure is a StorageError, in bounded time: a server that does not respond for 60 s counts as
 dead (MEDMAX_STORAGE_TIMEOUT in the environment, in seconds, overrides it); refused connections and
-overload are retried for about 8 s. Names have the form "a/b.json": they cannot leave the folder.
+overload are retried for as long. Names have the form "a/b.json": they cannot leave the folder.
 Symbolic links on a disk are followed, because Hugging Face's cache requires it.
 """
 
@@ -30,6 +30,7 @@ from medmax_jax.io.gcs import (
     SPACE,
     Bucket,
     StorageError,
+    StoredFile,
     Upload,
     as_bytes,
     changed_error,
@@ -39,8 +40,9 @@ from medmax_jax.io.gcs import (
 from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
 from medmax_jax.io.text_files import TextFileError
 
-__all__ = ["ByteFile", "Folder", "StorageError", "wait"]
+__all__ = ["ByteFile", "Folder", "StorageError", "StoredFile", "wait"]
 
+DOWNLOAD_BYTES = 8 * CHUNK_BYTES  # in memory at a time
 HINTS = {
     errno.ENOSPC: SPACE,
     errno.EDQUOT: SPACE,
@@ -93,6 +95,27 @@ class Folder:
     def file(self, name: str) -> "ByteFile":
         """Return the file for range reads."""
         return ByteFile(self.store, check_name(self.path, name))
+
+    def stored(self, name: str) -> StoredFile | None:
+        """Return the generation and the SHA-256 of an object that `download` can check."""
+        return self.store.stored(check_name(self.path, name))
+
+    def download(self, name: str, target: Path) -> StoredFile:
+        """Copy a file to a local one; raise StorageError where its stored SHA-256 differs."""
+        stored, file = self.stored(name), self.file(name)
+        digest = hashlib.sha256()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with os_errors(str(target)), open(target, "wb") as out:
+            for start in range(0, file.size, DOWNLOAD_BYTES):
+                part = file.read(start, min(start + DOWNLOAD_BYTES, file.size))
+                digest.update(part)
+                out.write(part)
+        if stored is None or stored.sha256 not in ("", digest.hexdigest()):
+            raise StorageError(
+                f"{file.name}: damaged: its SHA-256 is {digest.hexdigest()}, but "
+                f"{stored and stored.sha256} was uploaded; restore it, or delete it to start again"
+            )
+        return StoredFile(stored.generation, digest.hexdigest())
 
     def write(
         self, name: str, parts: Iterable[bytes | bytearray | memoryview | np.ndarray]

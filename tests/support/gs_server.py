@@ -95,7 +95,8 @@ def _make_bucket(url: str) -> None:
 
 
 def use_server(monkeypatch, url):
-    """Sends TensorStore there; it reads the URL whenever a store is opened, the token once."""
+    """Sends all clients there; TensorStore reads the URL at each opening, the token once."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
 

@@ -1,0 +1,254 @@
+"""The folder that a program writes: a local one, or a local copy of a gs:// prefix.
+
+    with workdir.opened("gs://bucket/run") as work:
+        work.folder     local files, which programs read, append to and replace as usual
+        work.flush()    what was written before is in the bucket when this returns
+        work.url("checkpoints")    for what is written there directly (Orbax, compiled programs)
+
+Of gs://, one process holds a lease (lease.py). Its local copy starts with what is in the bucket. A
+thread uploads changed files, those that changed first before the others, every SYNC seconds and at
+the end, so a machine that is lost loses at most the work of SYNC seconds and one upload; the same
+command repeats it on any machine. Each upload requires the generation that this process knows, and
+stores the SHA-256 of the file, which is checked when it is read. For a local path nothing differs
+from a plain folder.
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import hashlib
+import os
+import re
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from medmax_jax.io import lease
+from medmax_jax.io.atomic_folder import private_umask
+from medmax_jax.io.gcs import LOCK_OBJECT, MISSING, ConflictError, StorageError
+from medmax_jax.io.storage import Folder, StoredFile
+
+SYNC = 30.0  # seconds between two uploads of changed files
+SYNC_VARIABLE = "MEDMAX_SYNC_SECONDS"
+STAGE_VARIABLE = "MEDMAX_STAGE"  # environment variable: the folder of local copies
+LEASE_OBJECT = ".lease"
+UNFINISHED = ("*.partial", "*.partial/*", "*.tmp", ".lock", "*/.lock", f"{LOCK_OBJECT}*")
+IN_MEMORY = 64 << 20  # bytes of a file that is hashed and uploaded from one copy of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """A folder that a program writes."""
+
+    path: str  # as given
+    folder: Path
+    flush: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None  # raises LeaseError before a direct write to the path
+
+    def url(self, name: str) -> str:
+        """Return the path of a file or folder below, local or gs://."""
+        return f"{self.path.rstrip('/')}/{name}"
+
+
+@contextlib.contextmanager
+def opened(
+    path: str | os.PathLike,
+    *,
+    writes: bool = True,
+    skip: Sequence[str] = (),
+    writer: str = "",
+    log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> Iterator[Workdir]:
+    """Open a workdir during the block, created if missing.
+
+    Args:
+        path: a local folder, or gs://bucket/folder.
+        writes: False for a process of several that only reads settings: its files stay local.
+        skip: patterns of names that are not copied between the bucket and this machine.
+        writer: distinguishes processes that share the folder and write different files.
+        log: takes lines about the bucket.
+
+    Raises:
+        StorageError: the bucket cannot be used, or another process writes to the folder.
+    """
+    text = os.fspath(path)
+    if not text.startswith("gs://"):
+        Path(text).mkdir(parents=True, exist_ok=True)
+        yield Workdir(os.path.abspath(text), Path(text))
+        return
+    remote = Folder(text)
+    local = _local_folder(remote.path, writer if writes else f"reader-{os.getpid()}")
+    if not writes:
+        with _emptied(local):
+            yield Workdir(remote.path, local)
+        return
+    name = f"{LEASE_OBJECT}-{writer}" if writer else LEASE_OBJECT
+    with lease.held(remote.store, name, log=log, on_loss=_end_process) as held, _emptied(local):
+        copy = _Copy(remote, local, held, (*UNFINISHED, f"{LEASE_OBJECT}*", *skip), log)
+        copy.download()
+        end = threading.Event()
+        thread = threading.Thread(target=copy.upload_until, args=(end,), name="upload", daemon=True)
+        thread.start()
+        try:
+            yield Workdir(remote.path, local, copy.upload, held.check)
+        finally:
+            end.set()
+            thread.join()
+            copy.upload()
+
+
+class _Copy:
+    """A local copy of a folder in a bucket, which this process alone changes."""
+
+    def __init__(self, remote, local, held, skip, log) -> None:
+        self._remote, self._local, self._lease, self._log = remote, local, held, log
+        self._skip = re.compile("|".join(fnmatch.translate(pattern) for pattern in skip))
+        self._known: dict[str, tuple[tuple[int, ...], StoredFile]] = {}
+        self._lock = threading.Lock()
+
+    def download(self) -> None:
+        """Fetch all files of the folder; raise StorageError for one that is damaged."""
+        names = [name for name in self._remote.names() if not self._skip.match(name)]
+        for done, name in enumerate(names, start=1):
+            stored = self._remote.download(name, self._local / name)
+            self._known[name] = _status(self._local / name), stored
+            if done % 100 == 0 or done == len(names):
+                self._log(f"{self._remote.path}: fetched {done} of {len(names)} files")
+
+    def upload(self) -> None:
+        """Upload what has changed since the last call; delete what was deleted."""
+        with self._lock:
+            found = {name: status for name, status in self._scan()}
+            changed = [n for n, status in found.items() if self._state(n)[0] != status]
+            for name in sorted(changed, key=lambda name: found[name][1]):  # by time of change
+                self._lease.check()
+                with contextlib.suppress(FileNotFoundError):  # replaced or deleted meanwhile
+                    self._known[name] = found[name], self._write(name)
+            for name in [n for n in self._known if n not in found]:
+                self._lease.check()
+                self._remote.store.delete(name, self._known.pop(name)[1].generation)
+
+    def upload_until(self, end: threading.Event) -> None:
+        """Upload changes until the event; a failure is reported, and the next round repeats it."""
+        pause = sync_seconds()
+        while not end.wait(pause):
+            begin = time.monotonic()
+            try:
+                self.upload()
+            except lease.LeaseError:
+                return  # its own thread reports it
+            except StorageError as error:
+                self._log(f"WARNING: not uploaded yet: {error}")
+            # A file that grows is uploaded as a whole: at most a tenth of the time is spent so.
+            pause = max(sync_seconds(), 10 * (time.monotonic() - begin))
+
+    def _scan(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for path in self._local.rglob("*"):
+            name = path.relative_to(self._local).as_posix()
+            with contextlib.suppress(FileNotFoundError):
+                if not self._skip.match(name) and stat.S_ISREG(path.stat().st_mode):
+                    yield name, _status(path)
+
+    def _state(self, name: str) -> tuple[tuple[int, ...], StoredFile]:
+        return self._known.get(name, ((), StoredFile(MISSING, "")))
+
+    def _write(self, name: str) -> StoredFile:
+        path, before = self._local / name, self._state(name)[1]
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(size) if size <= IN_MEMORY else None
+            if content is None:
+                for start in range(0, size, IN_MEMORY):
+                    digest.update(file.read(min(IN_MEMORY, size - start)))
+            else:
+                digest.update(content)
+        sha256 = digest.hexdigest()
+        if before.sha256 == sha256:
+            return before
+        try:
+            generation = self._remote.store.write(
+                name, path if content is None else content, before.generation,
+                sha256=sha256, size=size,
+            )  # fmt: skip
+        except ConflictError as error:
+            stored = self._remote.stored(name)
+            if stored is None or stored.sha256 != sha256:
+                raise StorageError(
+                    f"{error}; this process knew generation {before.generation}. Its own files "
+                    f"are in {self._local}"
+                ) from error
+            return stored  # the answer to an upload was lost, or another writer wrote the same
+        return StoredFile(generation, sha256)
+
+
+def staging_folder() -> Path:
+    """Return the folder of local copies, which belongs to this user; see STAGE_VARIABLE."""
+    configured = os.environ.get(STAGE_VARIABLE)
+    folder = Path(configured or Path(tempfile.gettempdir(), f"medmax_jax_{os.getuid()}"))
+    try:
+        with private_umask():
+            folder.mkdir(parents=True, exist_ok=True)
+        # any user may write to a temporary folder
+        status = folder.stat() if configured else folder.lstat()
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: cannot be created ({error.strerror}); set {STAGE_VARIABLE} to another "
+            "folder"
+        ) from error
+    if not stat.S_ISDIR(status.st_mode) or not (configured or status.st_uid == os.getuid()):
+        raise StorageError(
+            f"{folder}: not a folder that this user owns; set {STAGE_VARIABLE} to one"
+        )
+    return folder.resolve()  # atomic_folder writes next to its target
+
+
+def sync_seconds() -> float:
+    """Return SYNC, or what the environment states."""
+    text = os.environ.get(SYNC_VARIABLE) or str(SYNC)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 3600:
+        raise StorageError(f"{SYNC_VARIABLE}={text}: use seconds from 0.1 to 3600, such as 30")
+    return seconds
+
+
+def _local_folder(path: str, writer: str) -> Path:
+    name = hashlib.sha256(f"{path} {writer}".encode()).hexdigest()[:16]
+    return staging_folder() / "workdirs" / name / (path.rpartition("/")[2] or "run")
+
+
+@contextlib.contextmanager
+def _emptied(folder: Path) -> Iterator[None]:
+    """Empty the folder; delete it after a block that did not raise a StorageError."""
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    with private_umask():
+        folder.mkdir(parents=True)
+    try:
+        yield
+    except StorageError as error:
+        error.add_note(f"what was not uploaded is in {folder}")
+        raise
+    except BaseException:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def _status(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _end_process() -> None:
+    """End this process as a preemption would: programs stop at the next step, without writing."""
+    os.kill(os.getpid(), signal.SIGTERM)
