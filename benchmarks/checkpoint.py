@@ -28,6 +28,7 @@ from medmax_jax import arguments, config
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointManager
 from medmax_jax.configs import base
+from medmax_jax.io.workdir import Workdir
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh
 from medmax_jax.training import step
@@ -71,7 +72,7 @@ def _state(run: config.Run) -> step.TrainState:
 
 
 def _measure(state: step.TrainState, folder: Path, rounds: int) -> dict[str, float]:
-    ours = CheckpointManager(folder / "ours", keep=1, log=print)
+    ours = CheckpointManager(Workdir(str(folder / "ours"), folder / "ours"), keep=1, log=print)
     committed, theirs = [], []
     for number in range(1, rounds + 1):
         ours.save(number, state, cursor={}, meta={})

@@ -72,7 +72,7 @@ from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.data.sources import build as source_build
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.tasks import benchmark_import
-from medmax_jax.io import image_paths
+from medmax_jax.io import image_paths, workdir
 from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.errors import printable, printable_text
 from medmax_jax.io.storage import Folder, StorageError
@@ -302,7 +302,8 @@ def main(argv: list[str] | None = None) -> int:
     log_to_stderr()
     skip_absent_tpu()
     try:
-        result = args.run(args)
+        with _open_out(args):
+            result = args.run(args)
     except ERRORS as error:
         print(printable_text(f"error: {error}"), file=sys.stderr)
         return 1
@@ -314,6 +315,19 @@ def main(argv: list[str] | None = None) -> int:
         return 75
     print(json.dumps(result) if args.json else printable_text("\n".join(_lines(result))))
     return 1 if result.get("errors") else 0
+
+
+@contextlib.contextmanager
+def _open_out(args: argparse.Namespace) -> Iterator[None]:
+    """Open the folder of --out; of gs://, the command writes a local copy, which is uploaded."""
+    if isinstance(getattr(args, "out", None), str):
+        if getattr(args, "texts", False) or args.out.endswith(".jsonl"):
+            raise PrepareError(f"--out {args.out}: a file on gs://; write a local one and copy it")
+        with workdir.opened(args.out, fresh=not args.resumes) as work:
+            args.out = work.folder
+            yield
+    else:
+        yield
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
@@ -362,10 +376,10 @@ def _cell(value: Any) -> str:
 
 def _parser() -> arguments.Parser:
     parser = arguments.Parser(prog="python -m data.prepare", description=__doc__.split("\n")[0])
-    parser.set_defaults(left="no records were written")
+    parser.set_defaults(left="no records were written", resumes=False)
     commands = parser.add_subparsers(required=True, metavar="command")
     sample = commands.add_parser("sample", help="convert the embedded sample to records")
-    sample.add_argument("--out", type=Path, required=True, help="folder to write")
+    sample.add_argument("--out", type=arguments.folder, required=True, help="folder to write")
     sample.add_argument("--split", choices=SPLITS, default="train", help="split of the sample")
     sample.add_argument(
         "--kind", choices=tuple(KINDS), default="instruction", help="kind of documents"
@@ -386,7 +400,7 @@ def _parser() -> arguments.Parser:
         help="JSONL in the format of data/records/jsonl.py",
     )  # fmt: skip
     documents.add_argument("--images", type=Path, required=True, help="folder of the images")
-    documents.add_argument("--out", type=Path, required=True, help="folder to write")
+    documents.add_argument("--out", type=arguments.folder, required=True, help="folder to write")
     _add_max_unreadable(documents)
     source_build.add_code_flags(documents)
     documents.set_defaults(run=_run_documents)
@@ -394,7 +408,7 @@ def _parser() -> arguments.Parser:
     benchmark_import.add(commands)
     tokenize = commands.add_parser("tokenize", help="convert images to VQGAN codes, at scale")
     store.add_flags(tokenize)
-    tokenize.set_defaults(left="finished shards are kept")
+    tokenize.set_defaults(left="finished shards are kept", resumes=True)
     build = commands.add_parser("build", help="convert a published source of MedMax to records")
     source_build.add_flags(build)
     check = record_check.add(commands, TINY)

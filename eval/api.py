@@ -50,7 +50,6 @@ def evaluate(
         eval_set = selection.EvalSet(
             items=list(tasks), train=[], training_images=[], folder=Path(images)
         )
-    judging.check_judge(settings.judge, eval_set.items, Path(workdir))
     model_class = type(model)
     name = getattr(model, "name", f"{model_class.__module__}.{model_class.__qualname__}")
     spec = loading.ModelSpec(
@@ -61,11 +60,13 @@ def evaluate(
         fingerprint=getattr(model, "fingerprint", name),
         adapter_digest="",
     )
-    return stages.run_named(
-        settings,
-        workdir,
-        eval_set=eval_set,
-        spec=spec,
-        load=lambda: loading.LoadedModel(model=model, spec=spec, eval_set=eval_set),
-        progress=progress,
-    )
+    with stages.open_workdir(workdir, eval_set) as folder:
+        judging.check_judge(settings.judge, eval_set.items, folder)
+        return stages.run_named(
+            settings,
+            folder,
+            eval_set=eval_set,
+            spec=spec,
+            load=lambda: loading.LoadedModel(model=model, spec=spec, eval_set=eval_set),
+            progress=progress,
+        )

@@ -3,6 +3,7 @@
 Status 0: compared. 1: an error, reported in one line. 2: wrong usage.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -12,9 +13,10 @@ from typing import Any
 from medmax_jax import arguments
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.reporting.comparison import compare, render
-from medmax_jax.io import journal
+from medmax_jax.io import journal, workdir
 from medmax_jax.io.environment import environment
 from medmax_jax.io.errors import printable_text
+from medmax_jax.io.storage import StorageError
 from medmax_jax.io.text_files import read_json_object
 
 PAGE = "comparison.html"
@@ -35,15 +37,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON object as the last line")
     args = parser.parse_args(argv)
     try:
-        comparison = compare(args.first, args.second, seed=args.seed, resamples=args.resamples)
-        if args.workdir:
-            page_file = Path(args.workdir) / PAGE
-            page_file.parent.mkdir(parents=True, exist_ok=True)
-            facts = [_facts(args.first), _facts(args.second)]
-            facts.append({"seed": args.seed, "resamples": args.resamples} | environment())
-            markup = render(comparison, args.first, args.second, facts=facts)
-            journal.write_text(page_file, markup)
-    except (ValueError, OSError) as error:
+        with contextlib.ExitStack() as stack:
+            first, second = (
+                stack.enter_context(workdir.opened(path, mode="read")).folder
+                for path in (args.first, args.second)
+            )
+            comparison = compare(
+                first, second, seed=args.seed, resamples=args.resamples,
+                names=(args.first, args.second),
+            )  # fmt: skip
+            if args.workdir:
+                work = stack.enter_context(workdir.opened(args.workdir))
+                facts = [_facts(first), _facts(second)]
+                facts.append({"seed": args.seed, "resamples": args.resamples} | environment())
+                markup = render(comparison, args.first, args.second, facts=facts)
+                journal.write_text(work.folder / PAGE, markup)
+    except (ValueError, OSError, StorageError) as error:
         print(printable_text(f"error: {error}"), file=sys.stderr)
         return 1
     if args.json:
@@ -52,14 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     lines = [page.markdown(comparison.rows), "Mean over the headline scores of the tasks:\n"]
     lines.append(page.markdown([comparison.suite]))
     lines += [f"left out: {line}" for line in comparison.left_out]
-    lines += [f"page: {page_file}"] if args.workdir else []
+    lines += [f"page: {work.url(PAGE)}"] if args.workdir else []
     print(printable_text("\n".join(lines)))
     return 0
 
 
-def _facts(workdir: str) -> dict[str, Any]:
+def _facts(folder: Path) -> dict[str, Any]:
     """Return the facts of a finished evaluation, as its own page shows them."""
-    path = Path(workdir) / "summary.json"
+    path = folder / "summary.json"
     return page.provenance(read_json_object(path)) if path.exists() else {}
 
 

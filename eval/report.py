@@ -12,8 +12,9 @@ from medmax_jax import arguments
 from medmax_jax.eval.config import RECORD, EvalError
 from medmax_jax.eval.metrics import per_record
 from medmax_jax.eval.reporting import page
-from medmax_jax.io import journal
+from medmax_jax.io import journal, workdir
 from medmax_jax.io.errors import printable_text
+from medmax_jax.io.storage import StorageError
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
@@ -29,20 +30,20 @@ def images_folder(summary: Mapping[str, Any]) -> Path:
     return SAMPLE if items == "sample" else Path(items).parent
 
 
-def rewrite_report(workdir: str | Path, images: str) -> Path:
+def rewrite_report(evaluated: str | Path, images: str) -> Path:
     """Rewrite the page of a workdir and return its path."""
-    workdir = Path(workdir)
-    per_record.check_names(workdir.glob("*.json*"))
+    evaluated = Path(evaluated)
+    per_record.check_names(evaluated.glob("*.json*"))
     try:
-        summary = read_json_object(workdir / "summary.json")
+        summary = read_json_object(evaluated / "summary.json")
     except TextFileError as error:
         raise EvalError(
-            f"{workdir} has no summary of a finished evaluation ({error}); run eval.run to the end"
+            f"{evaluated} has no summary of a finished evaluation ({error}); run eval.run to its end"
         ) from error
-    records = journal.read_jsonl(workdir / "records.jsonl", RECORD)
+    records = journal.read_jsonl(evaluated / "records.jsonl", RECORD)
     folder = Path(images) if images else images_folder(summary)
-    page.write(workdir / "report.html", summary, records, images_folder=folder)
-    return workdir / "report.html"
+    page.write(evaluated / "report.html", summary, records, images_folder=folder)
+    return evaluated / "report.html"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,8 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        print(f"report: {rewrite_report(args.workdir, args.images)}")
-    except (ValueError, OSError) as error:
+        if args.workdir.startswith("gs://"):
+            with workdir.opened(args.workdir) as work:
+                print(f"report: {work.url(rewrite_report(work.folder, args.images).name)}")
+        else:
+            print(f"report: {rewrite_report(args.workdir, args.images)}")
+    except (ValueError, OSError, StorageError) as error:
         print(printable_text(f"error: {error}"), file=sys.stderr)
         return 1
     return 0

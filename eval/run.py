@@ -17,7 +17,6 @@ Status 0: done. 75: interrupted. 1: an error, reported in one line.
 
 import logging
 import sys
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -77,7 +76,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     for baseline in summary["baselines"]:
         lines.append(f"{baseline['name']} (before) and the model (after):\n")
         lines.append(page.markdown(baseline["scores"]))
-    lines.append(f"report: {Path(workdir) / 'report.html'}")
+    lines.append(f"report: {workdir.rstrip('/')}/report.html")
     print(printable_text("\n".join(lines)))
 
 

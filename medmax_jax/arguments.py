@@ -118,6 +118,11 @@ class Parser(argparse.ArgumentParser):
 # ---- absl's flags ----
 
 
+def folder(text: str) -> Path | str:
+    """Return the value of a flag that names a folder to write: a local path, or gs:// as text."""
+    return text if text.startswith("gs://") else Path(text)
+
+
 def missing_flags(error: Exception) -> list[str]:
     """Return the required flags without a value that absl's error names."""
     return re.findall(rf"Flag (--\w+) {REQUIRED}", str(error))

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import filelock
@@ -29,7 +29,10 @@ from ml_collections import ConfigDict, config_flags
 from medmax_jax import arguments
 from medmax_jax import config as config_module
 from medmax_jax.config import ConfigError
+from medmax_jax.io import workdir
 from medmax_jax.io.errors import printable_text
+from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.io.workdir import Workdir
 
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
 RESUME = "run the same command again to resume"
@@ -63,7 +66,7 @@ def run(
     settings = config_flags.DEFINE_config_file(
         "config", None, "config file, for example configs/tiny.py"
     )
-    workdir = flags.DEFINE_string(folder, None, "folder that the program writes to")
+    target = flags.DEFINE_string(folder, None, "folder that the program writes to")
     flags.mark_flags_as_required(["config"])
     flags.register_multi_flags_validator(
         [folder, instead] if instead else [folder],
@@ -82,16 +85,16 @@ def run(
         skip_absent_tpu()
         several_hosts = init_distributed(os.environ)
         if compiles and not flags.FLAGS.flag_values_dict().get("dry_run"):
-            shared = os.path.abspath(f"{workdir.value}/compiled") if several_hosts else ""
+            shared = Folder(f"{target.value}/compiled").path if several_hosts else ""
             use_compile_cache(flags.FLAGS.compile_cache or shared)
         try:
-            main(settings.value, workdir.value)
+            main(settings.value, target.value)
         except ConfigError as error:
             return _fail(error, USAGE)
         except (Interrupted, KeyboardInterrupt) as error:
             print(printable_text(str(error)) or STOPPED, file=sys.stderr, flush=True)
             return INTERRUPTED
-        except errors as error:
+        except (*errors, StorageError) as error:
             return _fail(error, ERROR)
         return DONE
 
@@ -185,32 +188,38 @@ CONTENTS = {  # the file by which the folder of a program is known
 }
 
 
+@contextlib.contextmanager
 def open_workdir(
-    workdir: str | os.PathLike, flag: str = "--workdir", *, own: str = ""
-) -> pathlib.Path:
-    """Return the folder, created where missing; raise WorkdirError where no file can be created.
+    path: str | os.PathLike,
+    flag: str = "--workdir",
+    *,
+    own: str = "",
+    skip: Sequence[str] = (),
+    writer: str = "",
+) -> Iterator[Workdir]:
+    """Open the folder that a program writes, local or gs://; see medmax_jax/io/workdir.py.
 
-    own: the file of CONTENTS that the program writes; a folder with another one is refused.
+    own: the file of CONTENTS that the program writes; a folder with another one is refused. In a
+    run of several hosts the first one writes, the others get an empty folder of a gs:// path.
+
+    Raises WorkdirError where no file can be created, StorageError where a bucket cannot be used.
     """
-    if os.fspath(workdir).startswith("gs://"):
-        raise WorkdirError(
-            f"{flag} {workdir} is not a local or mounted folder; mount the bucket (Cloud Storage "
-            "FUSE) or a disk that the hosts share, see docs/guides/launch.md. Models and records "
-            "may be stored on gs://"
-        )
-    folder = pathlib.Path(workdir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise WorkdirError(
-            f"{flag} {workdir} is not writable ({error.strerror}); use another folder"
-        ) from error
-    for name, content in CONTENTS.items():
-        if own and name != own and (folder / name).exists():
-            raise WorkdirError(f"{flag} {workdir} contains {content} ({name}); use another folder")
-    return folder
+    with contextlib.ExitStack() as stack:
+        # JAX is asked for a bucket only: the question initializes it.
+        first = not os.fspath(path).startswith("gs://") or jax.process_index() == 0
+        try:
+            mode = "write" if first else "empty"
+            work = stack.enter_context(workdir.opened(path, mode=mode, skip=skip, writer=writer))
+            with tempfile.TemporaryFile(dir=work.folder):
+                pass
+        except OSError as error:
+            raise WorkdirError(
+                f"{flag} {path} is not writable ({error.strerror}); use another folder"
+            ) from error
+        for name, content in CONTENTS.items():
+            if own and name != own and (work.folder / name).exists():
+                raise WorkdirError(f"{flag} {path} contains {content} ({name}); use another folder")
+        yield work
 
 
 class Stop:

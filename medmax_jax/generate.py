@@ -24,6 +24,7 @@ from medmax_jax.generation.requests import GenerateError
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.progress import ItemProgress, report_waiting, report_waits
 from medmax_jax.io.storage import StorageError
+from medmax_jax.io.workdir import Workdir
 from medmax_jax.models import kv_cache
 
 # ---- The program ----
@@ -59,7 +60,13 @@ def main(settings: ConfigDict, out: str) -> None:
     sampling_params.check_sample(sample)
     buckets.batch_size_for(len(prompts), FLAGS.rows)
     output_files.check_images(prompts)
-    folder = cli.open_workdir(out, "--out", own="request.json")
+    with cli.open_workdir(out, "--out", own="request.json") as work:
+        _answer(prompts, sample, mesh, work)
+
+
+def _answer(
+    prompts: list[output_files.Prompt], sample: Sample, mesh: jax.sharding.Mesh, work: Workdir
+) -> None:
     with report_waiting("loading the model", print):
         g = load(FLAGS.model, adapter=FLAGS.adapter or None, mesh=mesh, merge=FLAGS.merge)
     tokens = prompt_tokens(g, [p.parts for p in prompts], end_of_turn=FLAGS.end_of_turn)
@@ -70,7 +77,7 @@ def main(settings: ConfigDict, out: str) -> None:
     request = to_dict(sample) | {
         name: FLAGS[name].value for name in ("mode", "end_of_turn", "model", "adapter")
     }
-    output = output_files.OutputFolder(folder, prompts, request)
+    output = output_files.OutputFolder(work.folder, prompts, request)
     todo = [i for i, prompt in enumerate(prompts) if prompt.id not in output.records]
     names = [
         prompt.id if prompt.named else name
@@ -91,7 +98,7 @@ def main(settings: ConfigDict, out: str) -> None:
             progress.tick("generate", len(batch))
             if stop.requested:
                 raise cli.Interrupted("interrupted; run the same command to resume")
-    print(f"gallery: {output.gallery()}\n{output_files.NOTICE}")
+    print(f"gallery: {work.url(output.gallery().name)}\n{output_files.NOTICE}")
 
 
 def _read_prompts() -> list[output_files.Prompt]:

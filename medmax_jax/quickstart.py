@@ -104,7 +104,11 @@ class QuickstartRun:
 
 def main(settings: ConfigDict, workdir: str) -> None:
     """Run the pipeline, with a log for people and report.json for programs."""
-    folder = cli.open_workdir(workdir, own="report.json")
+    with cli.open_workdir(workdir, own="report.json") as work:
+        _run_logged(settings, work.folder)
+
+
+def _run_logged(settings: ConfigDict, folder: Path) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)
     try:

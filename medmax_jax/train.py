@@ -76,8 +76,12 @@ def run(
     if options.dry_run:
         return setup.dry_run(run, lambda: load_data(run))
     clock = log_writer.GoodputTimer()
-    folder = cli.open_workdir(workdir, own="metrics.jsonl").absolute()
     with contextlib.ExitStack() as stack:
+        work = stack.enter_context(
+            cli.open_workdir(workdir, own="metrics.jsonl", skip=("checkpoints/*", "compiled/*"))
+        )
+        folder = work.folder.absolute()
+        barrier("the workdir is open")  # the first host may wait for the lease of a dead process
         stack.enter_context(setup.workdir_lock(folder))
         stop = stack.enter_context(cli.Stop())
         mesh = setup.as_config_error(lambda: make_mesh(run.mesh))
@@ -103,7 +107,7 @@ def run(
         key = jax.device_put(key, NamedSharding(mesh, P()))  # the loop makes no implicit transfer
 
         # ---- restore
-        store = CheckpointManager(folder / "checkpoints", keep=run.train.keep, log=writer.log)
+        store = CheckpointManager(work, keep=run.train.keep, log=writer.log)
         stack.callback(store.close)
         with clock.measure("load"), report_waiting("loading the weights", writer.log):
             start, state, cursor, changes = setup.restore_checkpoint(
@@ -115,7 +119,7 @@ def run(
             state = step.init_state(trainable, run) if state is None else state
         writer.start(step=start or 0, repeated_kind="validation" if cursor["owed"] else "")
         context = TrainContext(
-            run=run, folder=folder, mesh=mesh, writer=writer, clock=clock, stop=stop,
+            run=run, work=work, mesh=mesh, writer=writer, clock=clock, stop=stop,
             checkpoints=store, train_data=train_data, eval_data=eval_data,
             graph=step.split_trainable(abstract_model, run.train.trains)[0],
             frozen=frozen, key=key, meta=meta,
@@ -216,7 +220,7 @@ def _evaluate(
     if sampler.prompts and not reporter.eval_pending:
         with job.clock.measure("sample"), jax.transfer_guard("allow"):
             try:
-                folder = job.folder / "samples"
+                folder = job.work.folder / "samples"
                 path = sampler(state.trainable, job.frozen, step=done, folder=folder)
             except OSError as error:  # a page for people; no program reads it
                 job.writer.log(f"WARNING: samples after step {done} could not be written ({error})")
@@ -273,17 +277,15 @@ def _finish(job: TrainContext, state: step.TrainState, last: dict[str, float]) -
     if non_finite := _count_non_finite(state.trainable):
         raise TrainError(
             f"{non_finite} trained parameters are not finite, so nothing was exported; restart "
-            f"from an earlier step of {job.folder / 'checkpoints'} with a lower optim.peak_lr"
+            f"from an earlier step of {job.work.url('checkpoints')} with a lower optim.peak_lr"
         )
     if run.train.trains == "lora":
-        target = job.folder / "adapter"
-        export.adapter(target, state.trainable, run, metadata)
+        target = job.work.url("adapter")
+        export.adapter(job.work.folder / "adapter", state.trainable, run, metadata)
     else:
-        target, base = (
-            job.folder / "model",
-            step.trained_base(job.graph, state.trainable, job.frozen),
-        )
-        for name in export.model(target, base, run, data=metadata["data"], step=metadata["step"]):
+        target, folder = job.work.url("model"), job.work.folder / "model"
+        base = step.trained_base(job.graph, state.trainable, job.frozen)
+        for name in export.model(folder, base, run, data=metadata["data"], step=metadata["step"]):
             job.writer.log(f"{target} has no {name}: config.train.init_from does not contain one")
     clock = job.clock.report()
     seconds_by_purpose = " ".join(
@@ -293,7 +295,7 @@ def _finish(job: TrainContext, state: step.TrainState, last: dict[str, float]) -
         f"finished {run.train.steps} steps in {clock['seconds_total']:.1f} s "
         f"({seconds_by_purpose}), goodput {clock['goodput']:.2f}; exported to {target}"
     )
-    return last | {"step": run.train.steps, "export": str(target), "goodput": clock["goodput"]}
+    return last | {"step": run.train.steps, "export": target, "goodput": clock["goodput"]}
 
 
 def _count_non_finite(tree: PyTree) -> int:

@@ -97,11 +97,11 @@ class ImageDataset(NamedTuple):
 
 def run(settings: Run, workdir: str | Path) -> dict[str, dict[str, float]]:
     """Train (or resume) to the end and return the last metrics."""
-    workdir = cli.open_workdir(workdir)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(settings), indent=1))
-    mesh = make_mesh(settings.mesh)
-    with jax.set_mesh(mesh), contextlib.closing(Log(workdir, settings)) as log:
-        return _train(settings, workdir, mesh, log)
+    with cli.open_workdir(workdir) as work:
+        folder, mesh = work.folder, make_mesh(settings.mesh)
+        (folder / "config.json").write_text(json.dumps(config.to_dict(settings), indent=1))
+        with jax.set_mesh(mesh), contextlib.closing(Log(folder, settings)) as log:
+            return _train(settings, folder, mesh, log)
 
 
 def load_images(manifest: str | Path, split: str) -> ImageDataset:

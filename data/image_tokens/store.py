@@ -405,7 +405,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--list", type=Path, help="JSONL with image_path; default: every image of the folder"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=arguments.folder, required=True, help="folder to write")
     parser.add_argument(
         "--model", type=Path, required=True, help="model folder that contains the VQGAN"
     )

@@ -46,7 +46,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     add_flag("--images", type=Path, required=True, help="folder of the images")
     add_flag("--scores", type=Path, required=True, help="JSONL with id and score")
     add_flag("--threshold", type=_finite, required=True, help="minimum score of a row that is kept")
-    add_flag("--out", type=Path, required=True, help="folder to write, or to resume")
+    add_flag("--out", type=arguments.folder, required=True, help="folder to write, or to resume")
     add_flag(
         "--endpoint", type=_endpoint, required=True, metavar="MODEL@URL",
         help="model endpoint that writes the instructions",
@@ -76,7 +76,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--max_wait", type=_seconds, default=90.0, metavar="S", help="maximum wait between retries"
     )
     add_flag("--dry_run", action="store_true", help="print the estimated cost; send nothing")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, resumes=True)
     return parser
 
 
@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     log.info("%d rows; remaining calls, at most: %s", len(rows), _format_estimate(estimate))
     if args.dry_run:
         return estimate
-    cli.open_workdir(args.out, "--out")
+    with cli.open_workdir(args.out, "--out"):
+        pass  # raises before a request that could not be stored
     if estimate["caption"]["calls"]:  # else which rows are still to be written depends on replies
         for stage in curation.PROMPT_OF:
             check_ready(settings.endpoint(stage))

@@ -22,7 +22,9 @@ def add(commands: Any) -> None:
     importer.set_defaults(run=_run_import)
     unpacker = commands.add_parser("unpack", help="unpack the published image archives")
     _unpack_flags(unpacker)
-    unpacker.set_defaults(run=_run_unpack, left="every file written so far is complete")
+    unpacker.set_defaults(
+        run=_run_unpack, resumes=True, left="every file written so far is complete"
+    )
 
 
 def layout_of(name: str) -> Layout:
@@ -42,7 +44,12 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
         "--from", type=Path, required=True, dest="source",
         help="train.jsonl, validation.jsonl, or the evaluation parquet",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder, or items.jsonl, to write")
+    parser.add_argument(
+        "--out",
+        type=arguments.folder,
+        required=True,
+        help="folder, or items.jsonl, to write",
+    )
     parser.add_argument(
         "--tasks", nargs="*", default=[], metavar="TASK",
         help="tasks of a parquet to convert; default: all",
@@ -71,7 +78,7 @@ def _unpack_flags(parser: argparse.ArgumentParser) -> None:
         "--from", type=Path, nargs="+", required=True, dest="parts",
         help="parts of one archive, in order",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=arguments.folder, required=True, help="folder to write")
     meanings = dict(
         members="files in the archive",
         member_bytes="bytes of one file",

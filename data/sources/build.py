@@ -137,7 +137,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", type=Path, required=True, dest="folder", help="folder of the published files"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=arguments.folder, required=True, help="folder to write")
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--split", choices=SPLITS, default="train", help="split of the source")
     parser.add_argument(

@@ -114,26 +114,37 @@ def run(
     model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0.
     """
     eval_set, part = load_eval_set(settings), Shard.of(shard)
-    if not dry_run:  # before a checkpoint is converted or its weights are read
-        judging.check_judge(settings.judge, eval_set.items, Path(workdir))
-        with _file_modes(eval_set):
-            # before minutes of work that could not be stored
-            cli.open_workdir(workdir, own="records.jsonl")
-    if not model:  # config.adapter belongs to config.model
-        model, adapter = settings.model, adapter or settings.adapter
-    spec = loading.parse_model_spec(model, adapter, merge, settings, progress=progress)
-    workdir = Path(workdir)
-    return run_named(
-        settings,
-        workdir,
-        eval_set=eval_set,
-        spec=spec,
-        load=lambda: loading.load_model(spec, settings, eval_set, workdir, part, stopped),
-        shard=part,
-        dry_run=dry_run,
-        progress=progress,
-        stopped=stopped,
-    )
+    # Before a checkpoint is converted or its weights are read: work that could not be stored.
+    with open_workdir(workdir, eval_set, part, dry_run=dry_run) as folder:
+        if not dry_run:
+            judging.check_judge(settings.judge, eval_set.items, folder)
+        if not model:  # config.adapter belongs to config.model
+            model, adapter = settings.model, adapter or settings.adapter
+        spec = loading.parse_model_spec(model, adapter, merge, settings, progress=progress)
+        return run_named(
+            settings,
+            folder,
+            eval_set=eval_set,
+            spec=spec,
+            load=lambda: loading.load_model(spec, settings, eval_set, folder, part, stopped),
+            shard=part,
+            dry_run=dry_run,
+            progress=progress,
+            stopped=stopped,
+        )
+
+
+@contextlib.contextmanager
+def open_workdir(
+    workdir: str | Path, eval_set: EvalSet, shard: Shard = WHOLE, *, dry_run: bool = False
+) -> Iterator[Path]:
+    """Open the folder of an evaluation, local or gs://; a dry run creates no local one."""
+    if dry_run and not str(workdir).startswith("gs://"):
+        yield Path(workdir)
+        return
+    writer = f"shard-{shard.index}-of-{shard.count}" if shard.count > 1 else ""
+    with _file_modes(eval_set), cli.open_workdir(workdir, own="records.jsonl", writer=writer) as w:
+        yield w.folder
 
 
 def export_items(settings: Settings, out: str | Path) -> int:
@@ -154,7 +165,7 @@ def export_items(settings: Settings, out: str | Path) -> int:
 
 def run_named(
     settings: Settings,
-    workdir: str | Path,
+    workdir: Path,
     *,
     eval_set: EvalSet,
     spec: loading.ModelSpec,
@@ -166,13 +177,14 @@ def run_named(
 ) -> dict[str, Any] | None:
     """Run an evaluation of given items and a given model; see `run`.
 
-    `load` is called once everything is checked and reported. With a credentialed item among the
+    `workdir` is one that `open_workdir` opened. `load` is called once everything is checked and
+    reported. With a credentialed item among the
     items only the owner can read the workdir: mode 0700, its files 0600.
     """
     with _file_modes(eval_set):
         return _run_named(
             settings,
-            Path(workdir),
+            workdir,
             eval_set=eval_set,
             spec=spec,
             load=load,
@@ -274,10 +286,8 @@ def check_workdir(
         "items": hashlib.sha256(items.encode()).hexdigest(),
     }
     path = workdir / "run.json"
-    if write:
-        cli.open_workdir(workdir, own="records.jsonl")
-        if any(map(task_items.is_credentialed, eval_set.items)):
-            os.chmod(workdir, 0o700)  # it may have existed
+    if write and any(map(task_items.is_credentialed, eval_set.items)):
+        os.chmod(workdir, 0o700)  # it may have existed
     if path.exists():
         for name, value in _run_facts(path).items():
             if facts.get(name) != value:

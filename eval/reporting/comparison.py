@@ -61,8 +61,18 @@ class _Evaluation:
     inputs: per_record.ScoringInputs
 
 
-def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int) -> Comparison:
-    """Compare two workdirs of eval.run; differences are second minus first."""
+def compare(
+    first: str | Path,
+    second: str | Path,
+    *,
+    seed: int,
+    resamples: int,
+    names: tuple[str, str] | None = None,
+) -> Comparison:
+    """Compare two workdirs of eval.run; differences are second minus first.
+
+    names: what the result calls them; None: their paths.
+    """
     resampling = intervals.Resampling(seed, resamples)
     sides = [_Evaluation(_records(Path(f)), per_record.read(f)) for f in (first, second)]
     shared = [name for name in sides[0].records if name in sides[1].records]
@@ -86,7 +96,7 @@ def compare(first: str | Path, second: str | Path, *, seed: int, resamples: int)
     for row in rows:
         if row is headlines[row["task"]]:
             row["p_holm"] = adjusted[row["task"]]
-            row["claim"] = _verdict(row, (str(first), str(second)))
+            row["claim"] = _verdict(row, names or (str(first), str(second)))
     suite = _suite(headlines, first_scores, second_scores, resampling=resampling)
     left_out = _left_out(sides, shared, first_scores, second_scores)
     return Comparison(rows=rows, suite=suite, left_out=left_out + list(left_out_scorers.values()))

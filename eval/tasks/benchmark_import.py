@@ -173,7 +173,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--from", dest="source", type=Path, required=True, help="folder of the benchmark"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=arguments.folder, required=True, help="folder to write")
     parser.add_argument("--prefix", default="", help="folder to prepend to each image_path")
     parser.add_argument(
         "--allow_counts",

@@ -10,15 +10,14 @@
                                      cd D && sha256sum -c --ignore-missing checkpoints.sha256
 
 `save` blocks only while the arrays are copied to the host; a thread writes and commits the step and
-removes old ones. Older steps are removed only when a newer one is committed. The folder is on a
-local or mounted file system.
+removes old ones. Older steps are removed only when a newer one is committed. The folder is local,
+mounted or under gs://, where a folder has no rename: its files count once sha256.json exists, and
+the logs of the run are in the bucket before that.
 """
 
 import json
 import logging
 import os
-import pathlib
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -27,13 +26,17 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import multihost
 
 from medmax_jax.checkpoints import checksums, safetensors_file
 from medmax_jax.io.storage import Folder
+from medmax_jax.io.workdir import Workdir
 
+COMMITTED = "commit_success.txt"  # of Orbax, on gs:// only
+NAME = "checkpoints"  # folder of the steps
 PEER_TIMEOUT = 600.0  # seconds that hosts wait for each other's files of a step
 
 
@@ -46,15 +49,15 @@ class DamagedError(CheckpointError):
 
 
 class CheckpointManager:
-    """The steps under one folder.
+    """The steps of one workdir.
 
     Every process calls every method; process 0 keeps the digests.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int, log: Callable[[str], None]) -> None:
-        self.folder, self.log, self._keep = pathlib.Path(folder).absolute(), log, keep
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._digests = self.folder.with_name(f"{self.folder.name}.sha256")
+    def __init__(self, work: Workdir, *, keep: int, log: Callable[[str], None]) -> None:
+        self.folder, self.log, self._keep = Folder(work.url(NAME)), log, keep
+        self._work, self._digests = work, work.folder / f"{NAME}.sha256"
+        epath.Path(self.folder.path).mkdir(parents=True, exist_ok=True)
         self._latest_valid = _agree(self._clean)
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -70,6 +73,7 @@ class CheckpointManager:
         """Start to write a step; return when `state` may change. See `wait`."""
         begin = time.monotonic()
         self.wait()
+        self._work.check()
         shards = checksums.host_shards(state)
         self.write(step, state, shards, cursor=cursor, meta=meta, begin=begin)
 
@@ -86,7 +90,7 @@ class CheckpointManager:
         """Run the second half of `save`: write `state` to files, and the digests of `shards`."""
         try:
             self._orbax.save(
-                self.folder / str(step),
+                self._step(step).path,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(safetensors_file.flatten_named(state)),
                     cursor=ocp.args.JsonSave(cursor),
@@ -127,7 +131,7 @@ class CheckpointManager:
         step_folder = self._step(step)
         abstract_arrays = safetensors_file.flatten_named(like)
         with ocp.StandardCheckpointer() as reader:
-            restored = reader.restore(self.folder / str(step) / "state", abstract_arrays)
+            restored = reader.restore(f"{step_folder.path}/state", abstract_arrays)
         arrays = {name: restored[name] for name in abstract_arrays}
         if problem := _on_any_host(
             checksums.find_corrupt_shard(checksums.read_shards(step_folder), arrays)
@@ -154,14 +158,17 @@ class CheckpointManager:
             digests = checksums.shard_digests(shards)
             self._orbax.wait_until_finished()
             step_folder = self._step(step)
-            # Process 0 renames the folder; a file written before that would obstruct the rename.
-            _await(lambda: (self.folder / str(step)).is_dir(), f"folder of step {step}")
+            # Process 0 renames the folder, which a file written before would obstruct; on gs:// it
+            # writes an object that marks the end.
+            _await(lambda: self._is_written(step_folder), f"folder of step {step}")
             own = checksums.SHARDS.format(jax.process_index())
             step_folder.write(own, [json.dumps(digests).encode()])
             if jax.process_index() == 0:
                 for process in range(jax.process_count()):
                     name = checksums.SHARDS.format(process)
                     _await(lambda name=name: step_folder.has(name), f"{name} of another host")
+                self._work.flush()  # a resumed run keeps the rows up to its step
+                self._work.check()
                 digest = checksums.write_manifest(step_folder)
                 self.log(
                     f"checkpoint {step}: blocked training for {blocked:.2f} s, committed "
@@ -177,7 +184,7 @@ class CheckpointManager:
         """Add a line to the file of digests, which no program reads."""
         try:
             with self._digests.open("a") as file:
-                file.write(f"{digest}  {self.folder.name}/{step}/{checksums.MANIFEST}\n")
+                file.write(f"{digest}  {NAME}/{step}/{checksums.MANIFEST}\n")
         except OSError as error:
             self.log(f"WARNING: cannot write {self._digests} ({error.strerror}): {digest}")
 
@@ -188,25 +195,30 @@ class CheckpointManager:
         )
         lines = str(error).strip().splitlines()
         return CheckpointError(
-            f"checkpoint {step} could not be written ({lines[0][:300] if lines else repr(error)}); "
-            f"{previous}. Free disk space in {self.folder} or fix the cause, then run the same "
+            f"checkpoint {step} could not be written ({lines[0][:300] if lines else error!r}); "
+            f"{previous}. Free space in {self.folder.path} or fix the cause, then run the same "
             "command again to resume"
         )
 
     def _step(self, step: int) -> Folder:
-        return Folder(self.folder / str(step))
+        return Folder(f"{self.folder.path}/{step}")
+
+    @staticmethod
+    def _is_written(step_folder: Folder) -> bool:
+        return bool(step_folder.has(COMMITTED)) if step_folder.remote else step_folder.exists()
 
     def _remove_old(self, newest: int) -> None:
         """Remove all but the `keep` newest steps; the commit file of each is removed first."""
         steps = sorted((s for s in _steps(self.folder) if s <= newest), reverse=True)
         for old in steps[self._keep :]:
-            (self.folder / str(old) / checksums.MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / str(old))
+            self._step(old).delete(checksums.MANIFEST)
+            self._step(old).remove()
 
     def _clean(self) -> int:
         """Set newer damaged or unfinished steps aside; return the newest valid step, or -1."""
-        for entry in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(entry)  # the process died during the write
+        for entry in self.folder.children():
+            if ".orbax-checkpoint-tmp" in entry:
+                Folder(f"{self.folder.path}/{entry}").remove()  # the process died during the write
         for step in sorted(_steps(self.folder), reverse=True):
             if not (problem := checksums.find_corrupt_file(self._step(step))):
                 return step
@@ -218,22 +230,23 @@ class CheckpointManager:
         return self._clean()
 
     def _set_aside(self, step: int, problem: str) -> None:
-        damaged = self.folder / f"damaged_{step}"
-        shutil.rmtree(damaged, ignore_errors=True)
-        (self.folder / str(step)).rename(damaged)
+        damaged = Folder(f"{self.folder.path}/damaged_{step}")
+        damaged.remove()
+        self._step(step).move_to(damaged)
         self.log(
-            f"WARNING: checkpoint {step} is damaged ({problem}); renamed it to {damaged.name}; "
+            f"WARNING: checkpoint {step} is damaged ({problem}); renamed it to damaged_{step}; "
             "using the latest valid earlier checkpoint"
         )
 
 
 def read_latest(folder: str | os.PathLike) -> tuple[int, dict[str, Any], dict]:
     """Return (step, arrays by name, meta) of the newest valid step, for reading only."""
-    for step in sorted(_steps(pathlib.Path(folder)), reverse=True):
-        step_folder = Folder(pathlib.Path(folder) / str(step))
+    steps = Folder(folder)
+    for step in sorted(_steps(steps), reverse=True):
+        step_folder = Folder(f"{steps.path}/{step}")
         if not checksums.find_corrupt_file(step_folder):
             with ocp.StandardCheckpointer() as reader:
-                arrays = reader.restore((pathlib.Path(folder) / str(step) / "state").absolute())
+                arrays = reader.restore(f"{step_folder.path}/state")
             if not checksums.find_corrupt_shard(checksums.read_shards(step_folder), arrays):
                 return step, arrays, step_folder.json("meta/metadata")
     raise CheckpointError(
@@ -241,8 +254,8 @@ def read_latest(folder: str | os.PathLike) -> tuple[int, dict[str, Any], dict]:
     )
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
-    return [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
+def _steps(folder: Folder) -> list[int]:
+    return [int(name) for name in folder.children() if name.isdigit()]
 
 
 def barrier(name: str) -> None:

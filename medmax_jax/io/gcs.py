@@ -15,7 +15,7 @@ import functools
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT = 60.0  # seconds without an answer after which a server counts as dead
 TIMEOUT_VARIABLE = "MEDMAX_STORAGE_TIMEOUT"  # environment variable that overrides DEFAULT_TIMEOUT
 SLOWEST = 1 << 20  # bytes per second: a transfer may take one more second for each of these
-CHUNK_BYTES = 16 << 20  # of a range, and of a part of a resumable upload
+CHUNK_BYTES = 16 << 20  # of a range that is read
+PART_BYTES = 16 << 20  # of a resumable upload; a multiple of 256 KiB
 IN_FLIGHT = 8  # ranges: eight streams of GCS saturate the network of a host; 128 MiB in memory
 LOCK_OBJECT = ".partial-"  # an object with this prefix marks a folder that is being written
 RETRY = {"initial": 0.25, "maximum": 4.0}  # seconds between attempts
@@ -92,6 +93,9 @@ class Bucket:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        # Orbax's paths use gcsfs, which would ask for the type of the bucket in every operation,
+        # by an interface that needs credentials of its own.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         # An object that is to be written last, and its content.
         self.seal, self.held_content = "", None
         self._name, _, prefix = path.removeprefix("gs://").partition("/")
@@ -109,6 +113,10 @@ class Bucket:
     def names(self) -> list[str]:
         """Return the names below, without lock objects."""
         return [name for name in self.generations() if not name.startswith(LOCK_OBJECT)]
+
+    def children(self) -> list[str]:
+        """Return the names directly below, of objects and of prefixes."""
+        return sorted({name.partition("/")[0] for name in self.names()})
 
     def generations(self) -> dict[str, int]:
         """Return the generation of each object below, by name, without the empty ones for folders.
@@ -153,7 +161,9 @@ class Bucket:
             )
         out = np.empty(stop - start, np.uint8)
         starts = range(start, stop, CHUNK_BYTES)
-        fetch = functools.partial(self._fetch, blob, memoryview(out), start, stop)
+        fetch = functools.partial(
+            self._fetch, self._blob(name, blob.generation), memoryview(out), start, stop
+        )
         if len(starts) == 1:  # small: no thread
             fetch(start)
             return out
@@ -210,7 +220,8 @@ class Bucket:
         source = open(data, "rb") if isinstance(data, Path) else io.BytesIO(data)
         with _errors(self.full(name)), source:
             blob.upload_from_file(
-                source, size=size, content_type="application/octet-stream",
+                source, size=len(data) if isinstance(data, bytes) else size,
+                content_type="application/octet-stream",
                 if_generation_match=generation, **_options(),
             )  # fmt: skip
         return blob.generation
@@ -237,9 +248,7 @@ class Bucket:
         def move(name: str) -> None:
             with _errors(self.full(name)):
                 bucket = _client().bucket(self._name)
-                bucket.copy_blob(
-                    self._blob(name), bucket, target._prefix + name, **_options()
-                )
+                bucket.copy_blob(self._blob(name), bucket, target._prefix + name, **_options())
 
         names = self.generations()
         self._for_each(names, move)
@@ -251,15 +260,15 @@ class Bucket:
         path = f"{self._prefix}{name}/"
         return {"driver": "gcs", "bucket": self._name, "path": path} | retries
 
-    def _for_each(self, names, call) -> None:
+    def _for_each(self, names: Iterable[str], call: Callable[[str], None]) -> None:
         with concurrent.futures.ThreadPoolExecutor(IN_FLIGHT) as pool:
             for _ in pool.map(call, names):
                 pass
 
-    def _blob(self, name: str) -> "storage.Blob":
+    def _blob(self, name: str, generation: int | None = None) -> "storage.Blob":
         with _errors(self.full(name)):
             bucket = _client().bucket(self._name)
-            return bucket.blob(self._prefix + name, chunk_size=CHUNK_BYTES)
+            return bucket.blob(self._prefix + name, PART_BYTES, generation=generation)
 
     def _stored(self, name: str) -> "storage.Blob | None":
         with _errors(self.full(name)):
@@ -267,26 +276,25 @@ class Bucket:
             return bucket.get_blob(self._prefix + name, **_options())
 
     def _writer(self, name: str) -> io.BufferedIOBase:
-        return self._blob(name).open("wb", chunk_size=CHUNK_BYTES, ignore_flush=True, **_options())
+        return self._blob(name).open("wb", chunk_size=PART_BYTES, ignore_flush=True, **_options())
 
     def _fetch(
         self, blob: "storage.Blob", out: memoryview, begin: int, stop: int, start: int
     ) -> None:
-        end = min(start + CHUNK_BYTES, stop)
-        with _errors(self.path + "/" + blob.name.removeprefix(self._prefix)):
+        end, full = min(start + CHUNK_BYTES, stop), self.full(blob.name.removeprefix(self._prefix))
+        with _errors(full, missing=changed_error):  # the generation of `blob` is requested
             data = blob.download_as_bytes(
-                start=start, end=end - 1, raw_download=True, checksum=None,
-                if_generation_match=blob.generation, **_options(),
-            )  # fmt: skip
+                start=start, end=end - 1, raw_download=True, checksum=None, **_options()
+            )
         if len(data) != end - start:
-            raise changed_error(self.path + "/" + blob.name.removeprefix(self._prefix))
+            raise changed_error(full)
         out[start - begin : end - begin] = data
 
 
 class Upload:
     """The content of an object that is being written."""
 
-    def __init__(self, full: str, write) -> None:
+    def __init__(self, full: str, write: Callable[[memoryview], Any]) -> None:
         self._full, self._write = full, write
 
     def write(self, part: bytes | bytearray | memoryview | np.ndarray) -> None:
@@ -318,7 +326,7 @@ def _options() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _errors(full: str) -> Iterator[None]:
+def _errors(full: str, *, missing: Callable[[str], "StorageError"] | None = None) -> Iterator[None]:
     """Turn the errors of the client library into a StorageError that names the path."""
     import requests
     from google.api_core import exceptions as api
@@ -328,6 +336,8 @@ def _errors(full: str) -> Iterator[None]:
     try:
         yield
     except (api.GoogleAPIError, auth.GoogleAuthError, media.InvalidResponse) as e:
+        if missing and getattr(e, "code", None) == 404:
+            raise missing(full) from e
         raise _explained(full, e.__cause__ if isinstance(e, api.RetryError) else e) from e
     except (requests.RequestException, media.DataCorruption, OSError) as e:
         if isinstance(e, OSError) and e.filename is not None:  # a local file
@@ -361,7 +371,10 @@ def _explained(full: str, error: BaseException | None) -> StorageError:
 
 
 def _first_line(error: BaseException | None) -> str:
+    """Return what the server says, or the first line of the error's own text."""
     message = getattr(error, "message", None) or str(error)
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        message = error.response.json()["error"]["message"]
     return (message.strip().splitlines() or [type(error).__name__])[0][:300]
 
 

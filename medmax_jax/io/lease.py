@@ -1,6 +1,6 @@
 """A lock object under gs:// that ends with its holder: one process writes a folder at a time.
 
-    D/.lease      {"holder": "host:1234", "token": ...}, rewritten every LEASE / 3 seconds
+    D/.lease      {"holder": "host:1234", "time": ..}, rewritten every LEASE / 3 seconds
 
 Each write requires the generation that the holder wrote last, so of two processes one succeeds. A
 lease that is not rewritten for LEASE seconds, as seen by the clock of the process that waits, is
@@ -99,7 +99,7 @@ class Lease:
 
     def _write(self, generation: int) -> None:
         begin, self._token = time.monotonic(), secrets.token_hex(8)
-        content = json.dumps(self._holder | {"token": self._token}).encode()
+        content = json.dumps(self._holder | {"token": self._token, "time": time.time()}).encode()
         self._generation = self._store.write(self._name, content, generation)
         self._renewed = begin
 
@@ -143,6 +143,14 @@ def held(
         end.set()
         thread.join()
         lease.release()
+
+
+def is_live(content: bytes) -> bool:
+    """Return whether a lease was renewed lately, by the clocks of its holder and of this host."""
+    try:
+        return time.time() - json.loads(content)["time"] < 2 * lease_seconds()
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def lease_seconds() -> float:

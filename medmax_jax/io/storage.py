@@ -17,6 +17,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -65,6 +66,26 @@ class Folder:
         Links to folders are not followed.
         """
         return self.store.names()
+
+    def children(self) -> list[str]:
+        """Return the names directly below, of files and of folders, sorted."""
+        return self.store.children()
+
+    def exists(self) -> bool:
+        """Return whether there is a file below, or a local folder."""
+        return os.path.isdir(self.path) if not self.remote else bool(self.names())
+
+    def delete(self, name: str) -> None:
+        """Delete a file if it exists."""
+        self.store.delete(check_name(self.path, name))
+
+    def remove(self) -> None:
+        """Delete everything below, and a local folder itself."""
+        self.store.delete_all()
+
+    def move_to(self, target: "Folder") -> None:
+        """Move everything to another folder of the same disk or bucket, which must not exist."""
+        self.store.move_all(target.store)
 
     def has(self, name: str) -> bool:
         """Return whether the file exists."""
@@ -180,6 +201,22 @@ class _Disk:
             for folder, _, files in os.walk(self.path, onerror=raise_storage_error):
                 names += [os.path.relpath(os.path.join(folder, f), self.path) for f in files]
         return sorted(names)
+
+    def children(self) -> list[str]:
+        with os_errors(self.path):
+            return sorted(os.listdir(self.path)) if os.path.isdir(self.path) else []
+
+    def delete(self, name: str) -> None:
+        with os_errors(self.full(name)), contextlib.suppress(FileNotFoundError):
+            os.unlink(self.full(name))
+
+    def delete_all(self) -> None:
+        with os_errors(self.path), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.path)
+
+    def move_all(self, target: "_Disk") -> None:
+        with os_errors(self.path):
+            os.rename(self.path, target.path)
 
     def version(self, name: str) -> tuple[int, ...] | None:
         with os_errors(self.full(name)):

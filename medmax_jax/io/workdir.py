@@ -6,11 +6,11 @@
         work.url("checkpoints")    for what is written there directly (Orbax, compiled programs)
 
 Of gs://, one process holds a lease (lease.py). Its local copy starts with what is in the bucket. A
-thread uploads changed files, those that changed first before the others, every SYNC seconds and at
-the end, so a machine that is lost loses at most the work of SYNC seconds and one upload; the same
-command repeats it on any machine. Each upload requires the generation that this process knows, and
-stores the SHA-256 of the file, which is checked when it is read. For a local path nothing differs
-from a plain folder.
+thread uploads changed files, logs first and others by their time of change, every SYNC seconds and
+at the end, so a machine that is lost loses at most the work of SYNC seconds and one upload; the
+same command repeats it on any machine. Each upload requires the generation that this process knows,
+and stores the SHA-256 of the file, which is checked when it is read. For a local path nothing
+differs from a plain folder.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from medmax_jax.io import lease
 from medmax_jax.io.atomic_folder import private_umask
@@ -38,7 +39,10 @@ SYNC = 30.0  # seconds between two uploads of changed files
 SYNC_VARIABLE = "MEDMAX_SYNC_SECONDS"
 STAGE_VARIABLE = "MEDMAX_STAGE"  # environment variable: the folder of local copies
 LEASE_OBJECT = ".lease"
-UNFINISHED = ("*.partial", "*.partial/*", "*.tmp", ".lock", "*/.lock", f"{LOCK_OBJECT}*")
+UNFINISHED = ("*.partial", "*.partial/*", "*.tmp", f"{LOCK_OBJECT}*")
+UNFINISHED += (".lock", "*/.lock", "*.runner.lock", "*/.started")  # of local processes
+LOGS = re.compile(r"\.(jsonl|log|sha256)$|(^|/)events\.out\.")  # append-only
+UNFINISHED_MARK = f"{LOCK_OBJECT}workdir"  # an object of a fresh folder that is not complete
 IN_MEMORY = 64 << 20  # bytes of a file that is hashed and uploaded from one copy of it
 
 
@@ -56,22 +60,31 @@ class Workdir:
         return f"{self.path.rstrip('/')}/{name}"
 
 
+def log_to_stderr(line: str) -> None:
+    """Print a line to stderr, since stdout may be JSON."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def opened(
     path: str | os.PathLike,
     *,
-    writes: bool = True,
+    mode: Literal["write", "read", "empty"] = "write",
     skip: Sequence[str] = (),
     writer: str = "",
-    log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    fresh: bool = False,
+    log: Callable[[str], None] = log_to_stderr,
 ) -> Iterator[Workdir]:
     """Open a workdir during the block, created if missing.
 
     Args:
         path: a local folder, or gs://bucket/folder.
-        writes: False for a process of several that only reads settings: its files stay local.
+        mode: of gs://. read: a copy that is not uploaded, without a lease. empty: a folder that is
+            not uploaded either, for all processes of a run but the first.
         skip: patterns of names that are not copied between the bucket and this machine.
         writer: distinguishes processes that share the folder and write different files.
+        fresh: for a folder that is written at once: a finished one on gs:// is refused, and what a
+            killed process left is deleted.
         log: takes lines about the bucket.
 
     Raises:
@@ -79,19 +92,29 @@ def opened(
     """
     text = os.fspath(path)
     if not text.startswith("gs://"):
-        Path(text).mkdir(parents=True, exist_ok=True)
+        if mode == "write":
+            Path(text).mkdir(parents=True, exist_ok=True)
         yield Workdir(os.path.abspath(text), Path(text))
         return
     remote = Folder(text)
-    local = _local_folder(remote.path, writer if writes else f"reader-{os.getpid()}")
-    if not writes:
-        with _emptied(local):
-            yield Workdir(remote.path, local)
+    local = _local_folder(remote.path, writer if mode == "write" else f"{mode}-{os.getpid()}")
+    shutil.rmtree(local.parent, ignore_errors=True)
+    with private_umask():
+        local.mkdir(parents=True)
+    skip = (*UNFINISHED, f"{LEASE_OBJECT}*", *skip)
+    if mode != "write":
+        if mode == "read":
+            _Copy(remote, local, None, skip, log).download()
+        yield Workdir(remote.path, local)
+        shutil.rmtree(local.parent, ignore_errors=True)
         return
     name = f"{LEASE_OBJECT}-{writer}" if writer else LEASE_OBJECT
-    with lease.held(remote.store, name, log=log, on_loss=_end_process) as held, _emptied(local):
-        copy = _Copy(remote, local, held, (*UNFINISHED, f"{LEASE_OBJECT}*", *skip), log)
-        copy.download()
+    with lease.held(remote.store, name, log=log, on_loss=_end_process) as held:
+        copy = _Copy(remote, local, held, skip, log)
+        if fresh:
+            _claim(remote)
+        else:
+            copy.download()
         end = threading.Event()
         thread = threading.Thread(target=copy.upload_until, args=(end,), name="upload", daemon=True)
         thread.start()
@@ -100,13 +123,23 @@ def opened(
         finally:
             end.set()
             thread.join()
-            copy.upload()
+            copy.upload()  # where it fails, the local files stay
+        if fresh:
+            remote.store.delete(UNFINISHED_MARK)
+        shutil.rmtree(local.parent, ignore_errors=True)
 
 
 class _Copy:
     """A local copy of a folder in a bucket, which this process alone changes."""
 
-    def __init__(self, remote, local, held, skip, log) -> None:
+    def __init__(
+        self,
+        remote: Folder,
+        local: Path,
+        held: lease.Lease | None,  # None: nothing is uploaded
+        skip: Sequence[str],
+        log: Callable[[str], None],
+    ) -> None:
         self._remote, self._local, self._lease, self._log = remote, local, held, log
         self._skip = re.compile("|".join(fnmatch.translate(pattern) for pattern in skip))
         self._known: dict[str, tuple[tuple[int, ...], StoredFile]] = {}
@@ -123,16 +156,24 @@ class _Copy:
 
     def upload(self) -> None:
         """Upload what has changed since the last call; delete what was deleted."""
-        with self._lock:
-            found = {name: status for name, status in self._scan()}
-            changed = [n for n, status in found.items() if self._state(n)[0] != status]
-            for name in sorted(changed, key=lambda name: found[name][1]):  # by time of change
-                self._lease.check()
-                with contextlib.suppress(FileNotFoundError):  # replaced or deleted meanwhile
-                    self._known[name] = found[name], self._write(name)
-            for name in [n for n in self._known if n not in found]:
-                self._lease.check()
-                self._remote.store.delete(name, self._known.pop(name)[1].generation)
+        try:
+            with self._lock:
+                self._upload_changes()
+        except StorageError as error:
+            kept = f"{error}; what was not uploaded is in {self._local}"
+            raise type(error)(kept) from error
+
+    def _upload_changes(self) -> None:
+        found = dict(self._scan())
+        changed = [n for n, status in found.items() if self._state(n)[0] != status]
+        # Logs first: a file that was written later may state what they contain up to there.
+        for name in sorted(changed, key=lambda n: (not LOGS.search(n), found[n][1])):
+            self._lease.check()
+            with contextlib.suppress(FileNotFoundError):  # replaced or deleted meanwhile
+                self._known[name] = found[name], self._write(name)
+        for name in [n for n in self._known if n not in found]:
+            self._lease.check()
+            self._remote.store.delete(name, self._known.pop(name)[1].generation)
 
     def upload_until(self, end: threading.Event) -> None:
         """Upload changes until the event; a failure is reported, and the next round repeats it."""
@@ -180,12 +221,22 @@ class _Copy:
         except ConflictError as error:
             stored = self._remote.stored(name)
             if stored is None or stored.sha256 != sha256:
-                raise StorageError(
-                    f"{error}; this process knew generation {before.generation}. Its own files "
-                    f"are in {self._local}"
-                ) from error
+                raise StorageError(f"{error}; use another folder for this process") from error
             return stored  # the answer to an upload was lost, or another writer wrote the same
         return StoredFile(generation, sha256)
+
+
+def _claim(remote: Folder) -> None:
+    """Mark a folder as unfinished, without what a killed process left in it."""
+    names = set(remote.store.generations())
+    if names - {LEASE_OBJECT} and UNFINISHED_MARK not in names:
+        raise StorageError(
+            f"{remote.path}: exists and is not empty; choose another path, or delete it: "
+            f"gcloud storage rm -r {remote.path}"
+        )
+    remote.store.write(UNFINISHED_MARK, b"")
+    for name in names - {LEASE_OBJECT, UNFINISHED_MARK}:
+        remote.store.delete(name)
 
 
 def staging_folder() -> Path:
@@ -224,24 +275,6 @@ def sync_seconds() -> float:
 def _local_folder(path: str, writer: str) -> Path:
     name = hashlib.sha256(f"{path} {writer}".encode()).hexdigest()[:16]
     return staging_folder() / "workdirs" / name / (path.rpartition("/")[2] or "run")
-
-
-@contextlib.contextmanager
-def _emptied(folder: Path) -> Iterator[None]:
-    """Empty the folder; delete it after a block that did not raise a StorageError."""
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    with private_umask():
-        folder.mkdir(parents=True)
-    try:
-        yield
-    except StorageError as error:
-        error.add_note(f"what was not uploaded is in {folder}")
-        raise
-    except BaseException:
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        raise
-    else:
-        shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 def _status(path: Path) -> tuple[int, ...]:

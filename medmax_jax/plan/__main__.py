@@ -55,7 +55,12 @@ def main(settings: ConfigDict, folder: str) -> None:
     topology = parse(_TOPOLOGY.value, slices=_SLICES.value)
     if not 0 < _UTILISATION.value <= 1:
         raise PlanError(f"--utilisation={_UTILISATION.value}; it must be in (0, 1]")
-    cache = cli.open_workdir(folder, "--cache")
+    with cli.open_workdir(folder, "--cache") as work:
+        _report(settings, topology, work.folder)
+
+
+def _report(settings: ConfigDict, topology: Topology, cache: pathlib.Path) -> None:
+    """Print the plan of the flags."""
     run, estimate = plan(settings, topology, cache)
     estimate |= analytic.rates(
         run, topology, estimate, utilisation=_UTILISATION.value, price=_PRICE.value

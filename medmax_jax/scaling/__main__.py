@@ -18,6 +18,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
 from medmax_jax.io import charts, html_page
 from medmax_jax.io.environment import environment
 from medmax_jax.io.progress import SECONDS, ItemProgress, report_waiting
-from medmax_jax.io.storage import file_sha256
+from medmax_jax.io.storage import StorageError, file_sha256
 from medmax_jax.scaling import checklist, diagnostics, mixed, report, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
 from medmax_jax.scaling.study import Options, run_study
@@ -94,7 +95,11 @@ def _run(args: argparse.Namespace) -> None:
         raise ScalingError("--table is missing; use a CSV with one row per run")
     if args.bootstraps < 1 or args.delta <= 0:
         raise ScalingError("--bootstraps must be at least 1 and --delta above 0")
-    folder = open_workdir(args.workdir) if args.workdir else None
+    with open_workdir(args.workdir) if args.workdir else nullcontext() as work:
+        _fit(args, work.folder if work else None)
+
+
+def _fit(args: argparse.Namespace, folder: Path | None) -> None:
     result = _mixed(args, folder) if args.law == mixed.LAW.name else _laws(args, folder)
     result["environment"] = environment()
     if folder:
@@ -194,7 +199,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         _run(args)
-    except (ScalingError, WorkdirError) as error:
+    except (ScalingError, StorageError, WorkdirError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ERROR
     return DONE

@@ -15,19 +15,24 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped early and restartable.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED, USAGE, Interrupted, open_workdir
 from medmax_jax.config import ConfigError
+from medmax_jax.io import workdir
+from medmax_jax.io.storage import StorageError
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.sweep import expand, render, runner, status
 from medmax_jax.sweep.axes import SweepError
 
+RUNS = ("*/*",)  # what the folders of runs contain
+LARGE = ("*/state/*", "*/compiled/*", "*/profile/*", "*/events.out.*", "*/*.safetensors")
 NOTES_FILE = "said.json"  # the sweep file's statements for the checklist of a fit
 
 
@@ -73,9 +78,10 @@ def _expand(args: argparse.Namespace, rest: Sequence[str]) -> dict:
     print("\n".join(expand.table(sweep, runs)))
     result = dict(sweep=sweep.name, runs=len(runs)) | expand.totals(runs)
     if args.workdir:
-        folder = open_workdir(args.workdir)
-        result["file"] = str(expand.write(runs, folder))
-        (folder / NOTES_FILE).write_text(json.dumps(dict(sweep.said), indent=1) + "\n")
+        with open_workdir(args.workdir, skip=RUNS) as work:
+            result["file"] = work.url(expand.write(runs, work.folder).name)
+            notes = json.dumps(dict(sweep.said), indent=1) + "\n"
+            (work.folder / NOTES_FILE).write_text(notes)
         print(f"wrote {result['file']}")
     return result
 
@@ -127,6 +133,20 @@ def _render(args: argparse.Namespace, runs: list[expand.SweepRun], folder: Path)
     return dict(files=[str(path) for path in written], rendered=len(unfinished), runs=len(runs))
 
 
+@contextlib.contextmanager
+def _opened(args: argparse.Namespace) -> Iterator[Path]:
+    """Open the folder of a sweep; of one on gs://, the large files of its runs are left there."""
+    if not args.workdir.startswith("gs://"):
+        yield Path(args.workdir)
+    elif args.command in ("run", "collect"):
+        name, skip = ("", ()) if args.command == "run" else ("collect", LARGE)
+        with open_workdir(args.workdir, writer=name, skip=skip) as work:
+            yield work.folder
+    else:
+        with workdir.opened(args.workdir, mode="read", skip=LARGE) as work:
+            yield work.folder
+
+
 COMMANDS = {"status": _status, "run": _run, "collect": _collect, "render": _render}
 
 
@@ -143,15 +163,15 @@ def main(argv: Sequence[str]) -> int:
         if args.command == "expand":
             result = _expand(args, rest)
         else:
-            folder = Path(args.workdir)
-            result = COMMANDS[args.command](args, expand.read(folder), folder)
+            with _opened(args) as folder:
+                result = COMMANDS[args.command](args, expand.read(folder), folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except Interrupted as error:
         print(error, file=sys.stderr)
         return INTERRUPTED
-    except (SweepError, OSError) as error:
+    except (SweepError, StorageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ERROR
     if args.json:

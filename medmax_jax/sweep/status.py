@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax import config, flops
+from medmax_jax.io import lease
 from medmax_jax.io.text_files import TextFileError, read_json_object
+from medmax_jax.io.workdir import LEASE_OBJECT
 from medmax_jax.sweep.axes import SweepError
 from medmax_jax.sweep.expand import SweepRun, settings
 from medmax_jax.training.run_files import damage_warning, read_metrics
@@ -198,8 +200,11 @@ def _diverged(home: Path) -> bool:
 def _locked(home: Path) -> bool:
     """Return whether a process holds the lock of medmax_jax.train, or that of the local runner.
 
-    The runner's lock covers the seconds before medmax_jax.train takes its own.
+    The runner's lock covers the seconds before medmax_jax.train takes its own. `home` may be a copy
+    of a folder on gs://, which has the lease of its run instead.
     """
+    if (home / LEASE_OBJECT).exists() and lease.is_live((home / LEASE_OBJECT).read_bytes()):
+        return True
     for path in (home / LOCK, home / STARTED):
         if path.exists():
             with open(path) as file:

@@ -11,7 +11,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import pathlib
 import platform
 import shlex
 from typing import Any
@@ -25,6 +24,7 @@ from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
 from medmax_jax.io.environment import environment, git_commit
 from medmax_jax.io.progress import report_waiting
+from medmax_jax.io.workdir import Workdir
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import shard_batch
 from medmax_jax.training import log_writer, metrics, step
@@ -43,7 +43,7 @@ class TrainContext:
     """Holds what is constant from the first step to the last."""
 
     run: config.Run
-    folder: pathlib.Path
+    work: Workdir
     mesh: jax.sharding.Mesh
     writer: log_writer.MetricWriter
     clock: log_writer.GoodputTimer
@@ -111,7 +111,7 @@ class Reporter:
             f"the last good checkpoint is step {latest}" if latest else "there is no checkpoint yet"
         )
         documents = job.train_data.document_names(number - 1)
-        path = job.folder / f"not_finite_{number}.json"
+        path = job.work.folder / f"not_finite_{number}.json"
         if jax.process_index() == 0:
             try:
                 path.write_text(
@@ -125,8 +125,8 @@ class Reporter:
         message = (
             f"step {number}: loss {row['loss']} or gradient norm {row['grad_norm']} is not finite; "
             f"its documents: {shown} (all of them in {path}); {checkpoint} "
-            f"({job.folder / 'checkpoints'}). Lower optim.peak_lr, inspect these documents, or set "
-            "optim.skip_window to skip the updates of loss spikes"
+            f"({job.work.url('checkpoints')}). Lower optim.peak_lr, inspect these documents, or "
+            "set optim.skip_window to skip the updates of loss spikes"
         )
         job.writer.log(message)
         raise TrainError(message)
@@ -224,7 +224,7 @@ class Profiler:
 
     def before(self, number: int) -> None:
         if self._steps and number == self._steps[0]:
-            jax.profiler.start_trace(str(self._job.folder / "profile"))
+            jax.profiler.start_trace(str(self._job.work.folder / "profile"))
             self._on = True
 
     def after(self, number: int, state: step.TrainState) -> None:
@@ -236,7 +236,7 @@ class Profiler:
         if self._on:
             jax.profiler.stop_trace()
             self._on = False
-            self._job.writer.log(f"trace of steps {self._steps}: {self._job.folder / 'profile'}")
+            self._job.writer.log(f"trace of steps {self._steps}: {self._job.work.url('profile')}")
 
 
 def memory_summary(compiled: Any) -> str:
@@ -277,7 +277,7 @@ def log_run_summary(
         "epoch_tokens": job.train_data.epoch_tokens(),
     }
     if jax.process_index() == 0:
-        (job.folder / "config.json").write_text(json.dumps(metadata, indent=1) + "\n")
+        (job.work.folder / "config.json").write_text(json.dumps(metadata, indent=1) + "\n")
         _note_start(job, start or 0)
     tables = not start  # a resumed run has the same ones, above in its log
     environment_summary(run, job.mesh, job.train_data, job.eval_data, log=log, tables=tables)
@@ -289,8 +289,8 @@ def log_run_summary(
         log(parameter_overview.get_parameter_overview(tree, include_stats="sharding"))
     for change in changes:
         log(f"changed since the last checkpoint: {change}")
-    log(f"settings, versions, fingerprints of base and records: {job.folder / 'config.json'}")
-    log(f"curves: {tensorboard_command(job.folder)}")
+    log(f"settings, versions, fingerprints of base and records: {job.work.url('config.json')}")
+    log(f"curves: {tensorboard_command(job.work.path)}")
     log(loss_legend(run.train.loss_weight))
     log(
         f"resuming after step {start} of {run.train.steps}; the tables are in the log of the first "
@@ -300,10 +300,10 @@ def log_run_summary(
     )
 
 
-def tensorboard_command(folder: pathlib.Path) -> str:
+def tensorboard_command(folder: str) -> str:
     """Return the command that shows the metrics, with the installation that it still needs."""
     install = "" if importlib.util.find_spec("tensorboard") else "pip install tensorboard && "
-    return f"{install}tensorboard --logdir {shlex.quote(str(folder))}"
+    return f"{install}tensorboard --logdir {shlex.quote(folder)}"
 
 
 def loss_legend(loss_weight: str) -> str:
@@ -322,7 +322,7 @@ def _note_start(job: TrainContext, start: int) -> None:
     """Add a line to history.jsonl: the data of the steps from here, for data.prepare who_saw."""
     metadata = {name: job.meta[name] for name in ("data", "plan", "config")} | {"start": start}
     metadata["validation"] = job.eval_data.records.fingerprint if job.eval_data else ""
-    with contextlib.closing(LogFile(job.folder / "history.jsonl", job.writer.log)) as file:
+    with contextlib.closing(LogFile(job.work.folder / "history.jsonl", job.writer.log)) as file:
         file.write(json.dumps(metadata))
 
 

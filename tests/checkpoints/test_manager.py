@@ -20,6 +20,7 @@ from medmax_jax import sharding
 from medmax_jax.checkpoints import checksums, manager
 from medmax_jax.config import Mesh
 from medmax_jax.io.storage import Folder
+from medmax_jax.io.workdir import Workdir
 
 META = {"config": {"model": {"hidden_size": 8}}, "base": "a", "data": "b"}
 FLIPS = 240  # random bits over all files of a step
@@ -46,7 +47,8 @@ def like(tree: State) -> State:
 
 
 def open_manager(folder: pathlib.Path, lines: list[str]) -> manager.CheckpointManager:
-    return manager.CheckpointManager(folder, keep=2, log=lines.append)
+    work = Workdir(str(folder.parent), folder.parent)
+    return manager.CheckpointManager(work, keep=2, log=lines.append)
 
 
 def split() -> jax.sharding.Mesh:
@@ -56,7 +58,7 @@ def split() -> jax.sharding.Mesh:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> pathlib.Path:
     """Steps 2 and 3 of three saved ones (keep=2)."""
-    folder, m, lines = tmp_path_factory.mktemp("saved"), split(), []
+    folder, m, lines = tmp_path_factory.mktemp("saved") / "checkpoints", split(), []
     saver = open_manager(folder, lines)
     assert saver.latest() is None
     for step in (1, 2, 3):
@@ -132,7 +134,7 @@ def test_every_flipped_bit_is_detected(folder):
 def test_changes_between_hashing_and_writing_are_detected(tmp_path):
     """The files agree with their manifest, and the arrays not with what was in memory."""
     m, lines, pick = split(), [], random.Random(1)
-    saver = open_manager(tmp_path, lines)
+    saver = open_manager(tmp_path / "checkpoints", lines)
     saver.save(1, state(m, 1), cursor={}, meta=META)
     saver.wait()
     for step in range(2, 6):
@@ -149,10 +151,10 @@ def test_changes_between_hashing_and_writing_are_detected(tmp_path):
             begin=time.monotonic(),
         )
         saver.wait()
-        assert checksums.find_corrupt_file(Folder(tmp_path / str(step))) == ""
+        assert checksums.find_corrupt_file(Folder(tmp_path / "checkpoints" / str(step))) == ""
         with pytest.raises(manager.DamagedError, match="kernel .* differs from what training had"):
             saver.restore(step, like(good))
-        assert saver.latest() == 1 and (tmp_path / f"damaged_{step}").is_dir()
+        assert saver.latest() == 1 and (tmp_path / "checkpoints" / f"damaged_{step}").is_dir()
         assert f"checkpoint {step} is damaged" in lines[-1]
     saver.close()
 
@@ -186,20 +188,20 @@ def test_damaged_step_is_reported_and_the_earlier_one_is_used(folder, harm):
 def test_orbax_alone_does_not_detect_a_flipped_bit(tmp_path):
     """Why there are digests. When this fails, Orbax has learned to check, and they may go."""
     tree = {"noise": jnp.asarray(np.random.default_rng(0).standard_normal(4096, np.float32))}
-    saver = open_manager(tmp_path, [])
+    saver = open_manager(tmp_path / "checkpoints", [])
     saver.save(1, tree, cursor={}, meta=META)
     saver.close()
-    flip(biggest(tmp_path / "1"))
+    flip(biggest(tmp_path / "checkpoints/1"))
     with manager.ocp.StandardCheckpointer() as orbax:
-        restored = orbax.restore(tmp_path / "1" / "state")
+        restored = orbax.restore(tmp_path / "checkpoints/1/state")
     assert (np.asarray(restored["noise"]) != np.asarray(tree["noise"])).sum() == 1
-    assert "has changed" in checksums.find_corrupt_file(Folder(tmp_path / "1"))
+    assert "has changed" in checksums.find_corrupt_file(Folder(tmp_path / "checkpoints/1"))
 
 
 def test_next_step_may_donate_the_state_being_saved(tmp_path):
     m = split()
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 2 + 1, s), donate_argnums=0)
-    saver, now = open_manager(tmp_path, []), state(m, 1, size=1 << 16)
+    saver, now = open_manager(tmp_path / "checkpoints", []), state(m, 1, size=1 << 16)
     for number in range(1, 4):
         saver.save(number, now, cursor={}, meta=META)
         before = like(now)
@@ -217,7 +219,7 @@ def test_next_step_may_donate_the_state_being_saved(tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax
 def test_full_disk_is_reported_and_the_earlier_step_is_kept(small_disk):
     m, lines = split(), []
-    saver = open_manager(small_disk, lines)
+    saver = open_manager(small_disk / "checkpoints", lines)
     saver.save(1, state(m, 1), cursor={}, meta=META)
     saver.wait()
     noise = np.random.default_rng(0).standard_normal((1 << 17, 8)).astype(np.float32)
@@ -230,7 +232,7 @@ def test_full_disk_is_reported_and_the_earlier_step_is_kept(small_disk):
         saver.wait()
     assert saver.latest() == 1
     saver.close()
-    reopened = open_manager(small_disk, lines)
+    reopened = open_manager(small_disk / "checkpoints", lines)
     assert reopened.latest() == 1 and int(reopened.restore(1, like(state(m, 0)))[0].step) == 1
     reopened.close()
 

@@ -43,7 +43,7 @@ except StorageError as error:
 @pytest.fixture
 def stage(tmp_path, monkeypatch) -> pathlib.Path:
     """Return the staging folder of this test."""
-    monkeypatch.setenv(staging.STAGE_VARIABLE, str(tmp_path / "stage"))
+    monkeypatch.setenv(workdir.STAGE_VARIABLE, str(tmp_path / "stage"))
     return tmp_path / "stage"
 
 
@@ -269,12 +269,12 @@ def test_missing_records_and_unwritable_staging_folder(gs, remote, tmp_path, mon
     with pytest.raises(StorageError, match="a slash of gs://: use str"):
         open_records(pathlib.Path("gs://bucket/nowhere"))
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(staging.STAGE_VARIABLE, str(tmp_path / "file" / "stage"))
+    monkeypatch.setenv(workdir.STAGE_VARIABLE, str(tmp_path / "file" / "stage"))
     with pytest.raises(
         StorageError, match="cannot be created .*set MEDMAX_STAGE to another folder"
     ):
         open_records(remote)
-    monkeypatch.delenv(staging.STAGE_VARIABLE)
+    monkeypatch.delenv(workdir.STAGE_VARIABLE)
     monkeypatch.setattr(staging.tempfile, "tempdir", str(tmp_path))
     (tmp_path / "else").mkdir()
     (tmp_path / f"medmax_jax_{os.getuid()}").symlink_to(tmp_path / "else")  # by another user

@@ -2,12 +2,15 @@
 
 import concurrent.futures
 import contextlib
+import datetime
 import os
 import pathlib
 import subprocess
 import sys
 import time
 
+import google.cloud.storage
+import google.oauth2.credentials
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -44,41 +47,77 @@ def test_chunks_of_two_writes_are_not_mixed(gs, monkeypatch):
     monkeypatch.setattr(gcs, "CHUNK_BYTES", 10)
     folder = Folder(gs)
     folder.write("w", [b"a" * 1000])
-    start, count = gcs.Bucket._start, iter(range(1000))
+    fetch, count = gcs.Bucket._fetch, iter(range(1000))
 
     def replace_meanwhile(self, *piece):
         if next(count) == 20:
             Folder(gs).write("w", [b"b" * 1000])
-        return start(self, *piece)
+        return fetch(self, *piece)
 
-    monkeypatch.setattr(gcs.Bucket, "_start", replace_meanwhile)
+    monkeypatch.setattr(gcs.Bucket, "_fetch", replace_meanwhile)
     with pytest.raises(StorageError, match="7b/w: changed while it was read"):
         folder.read("w", 0, 1000)
 
 
-def test_upload_size_is_limited(gs, monkeypatch):
-    store = ts.KvStore.open(Folder(gs).kvstore("x")).result()
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        store.write("w", iter([b"a", b"b"]))
-    monkeypatch.setattr(gcs, "UPLOAD_LIMIT", 10)
+def test_large_objects_are_written_in_parts(gs, monkeypatch):
+    monkeypatch.setattr(gcs, "PART_BYTES", 1 << 18)
+    data = np.random.default_rng(0).integers(0, 256, (1 << 20) + 7, np.uint8)
     folder = Folder(gs)
-    folder.write("w", [b"12345", b"67890"])
-    with pytest.raises(StorageError, match=r"7b/v: over 10 bytes.*copy it: gcloud storage cp -r"):
-        folder.write("v", [b"12345", b"67890", b"1"])
-    assert folder.names() == ["w"]
+    folder.write("w", [data[:999_999], data[999_999:]])
+    np.testing.assert_array_equal(folder.read("w"), data)
+    with pytest.raises(KeyError), folder.stream("w") as out:  # noqa: PT012
+        out.write(data)
+        raise KeyError
+    np.testing.assert_array_equal(folder.read("w"), data)  # the unfinished upload is no object
+
+
+def test_a_write_can_require_a_generation(gs):
+    store = gcs.Bucket(gs)
+    first = store.write("w", b"1", gcs.MISSING, sha256="x")
+    assert store.stored("w") == (first, "x") and store.stored("v") is None
+    with pytest.raises(gcs.ConflictError, match="7b/w: changed by another process"):
+        store.write("w", b"2", gcs.MISSING)
+    second = store.write("w", b"2", first)
+    with pytest.raises(gcs.ConflictError, match="changed by another process"):
+        store.write("w", b"3", first)
+    assert store.read("w", 0, None, second).tobytes() == b"2"
+    with pytest.raises(StorageError, match="7b/w: changed while it was read"):
+        store.read("w", 0, None, first)
+
+
+def test_everything_below_moves_and_is_deleted(gs):
+    folder = Folder(f"{gs}/300")
+    for name in ("a", "b/c", "b/d"):
+        folder.write(name, [name.encode()])
+    assert Folder(gs).children() == ["300"] and folder.children() == ["a", "b"]
+    folder.move_to(Folder(f"{gs}/damaged"))
+    assert not folder.exists() and Folder(f"{gs}/damaged").names() == ["a", "b/c", "b/d"]
+    assert Folder(f"{gs}/damaged").read("b/c").tobytes() == b"b/c"
+    Folder(gs).remove()
+    assert Folder(gs).names() == []
 
 
 def test_missing_bucket_is_reported(gs):
     folder = Folder("gs://other/7b")
-    with pytest.raises(StorageError, match=r"other/7b/w: no such bucket or file; check the path"):
-        folder.read("w")
-    with pytest.raises(StorageError, match=r"other/7b/w: NOT_FOUND.*; check the bucket and"):
-        folder.write("w", [b"1"])
+    for call in (lambda: folder.read("w"), lambda: folder.write("w", [b"1"]), folder.names):
+        with pytest.raises(StorageError, match=r"other/7b.*: no such bucket or file; check the"):
+            call()
     with (
-        pytest.raises(StorageError, match=r"gs://other/7b/.*NOT_FOUND"),
+        pytest.raises(StorageError, match=r"gs://other/7b/.*no such bucket"),
         atomic_folder("gs://other/7b", bytes_needed=0, seal="s"),
     ):
         pytest.fail("must not begin")
+
+
+def expired_client(url):
+    """The client of a user whose login has expired."""
+    return google.cloud.storage.Client(
+        project="p",
+        credentials=google.oauth2.credentials.Credentials(
+            "old", refresh_token="revoked", token_uri=url, client_id="c", client_secret="s",
+            expiry=datetime.datetime(2020, 1, 1),
+        ),
+    )  # fmt: skip
 
 
 def every_call(folder):
@@ -98,17 +137,18 @@ def every_call(folder):
 @pytest.mark.parametrize(
     ("status", "match"),
     [
-        (401, "PERMISSION_DENIED: .*me@x has no access; give this account the role"),
+        (401, "credentials|PERMISSION_DENIED.*me@x has no access.*; give this account the role"),
         (403, "PERMISSION_DENIED: .*me@x has no access; give this account the role"),
-        (503, "ABORTED: .*All 2 retry attempts failed.*; check the network and the host"),
+        (503, "ABORTED: .*; check the network and the host"),
     ],
 )
 def test_refused_requests_are_reported(monkeypatch, status, match):
-    monkeypatch.setattr(gcs, "RETRIES", {"max_retries": 2, "initial_delay": "10ms"})
+    monkeypatch.setenv(gcs.TIMEOUT_VARIABLE, "0.5")
+    monkeypatch.setattr(gcs, "TENSORSTORE_RETRIES", {"max_retries": 2, "initial_delay": "10ms"})
     with answering(status) as url:
         use_server(monkeypatch, url)
         for _, call in every_call(Folder("gs://bucket/7b")):
-            with pytest.raises(StorageError, match=rf"gs://bucket/7b.*{match}"):
+            with pytest.raises(StorageError, match=rf"gs://bucket/7b.*({match})"):
                 call()
 
 
@@ -123,36 +163,41 @@ def test_unresponsive_server_times_out(monkeypatch):
             ):
                 call()
             assert time.monotonic() - start < 2, name
-        with pytest.raises(
-            StorageError, match=r"7b/w: no response within 0.8 s"
-        ):  # more for more bytes
-            Folder("gs://bucket/7b").write("w", [bytes(gcs.SLOWEST // 2)])
 
 
 def test_refused_connections_are_retried_and_reported(monkeypatch):
-    """With the retries as they are."""
+    monkeypatch.setenv(gcs.TIMEOUT_VARIABLE, "3")
     use_server(monkeypatch, f"http://127.0.0.1:{free_port()}")
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
         calls = [pool.submit(call) for _, call in every_call(Folder("gs://bucket/7b"))]
-    assert 5 < time.monotonic() - start < 20
+    assert 2 < time.monotonic() - start < 20
     for call in calls:
-        with pytest.raises(StorageError, match="Could not connect.*; check the network"):
+        with pytest.raises(StorageError, match="(?i)could not connect.*|no response within 3 s"):
             call.result()
 
 
 def test_server_failure_during_a_folder_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(gcs, "RETRIES", {"max_retries": 1, "initial_delay": "10ms"})
+    monkeypatch.setenv(gcs.TIMEOUT_VARIABLE, "0.5")
     with contextlib.ExitStack() as stack:
         use_server(monkeypatch, stack.enter_context(fake_gcs(tmp_path)))
         with (
-            pytest.raises(StorageError, match="7b/v: ABORTED.*Could not connect") as caught,
+            pytest.raises(StorageError, match="7b/v: could not connect") as caught,
             atomic_folder("gs://bucket/7b", bytes_needed=0, seal="s") as new,
         ):
             new.write("w", [b"1"])
             stack.close()
             new.write("v", [b"1"])
     assert "files remain" in caught.value.__notes__[0] and "rm -r gs" in caught.value.__notes__[0]
+
+
+def test_expired_credentials_are_reported(gs, monkeypatch):
+    """A service account whose key the token server does not accept."""
+    with answering(400) as url:
+        monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+        monkeypatch.setattr(gcs, "_client", lambda: expired_client(url))
+        with pytest.raises(StorageError, match=r"7b.*no valid credentials.*gcloud auth applicat"):
+            Folder(gs).names()
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan"])
@@ -169,8 +214,7 @@ def test_program_exits_when_the_server_is_unresponsive():
         "except StorageError as e:\n    print(e)"
     )
     with silent() as url:
-        environment = {**os.environ, "TENSORSTORE_GCS_HTTP_URL": url, gcs.TIMEOUT_VARIABLE: "1"}
-        environment["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "token"
+        environment = {**os.environ, "STORAGE_EMULATOR_HOST": url, gcs.TIMEOUT_VARIABLE: "1"}
         ended = subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
