@@ -38,7 +38,7 @@ def rewrite_report(evaluated: str | Path, images: str) -> Path:
         summary = read_json_object(evaluated / "summary.json")
     except TextFileError as error:
         raise EvalError(
-            f"{evaluated} has no summary of a finished evaluation ({error}); run eval.run to its end"
+            f"{evaluated}: no summary of a finished evaluation ({error}); run eval.run to its end"
         ) from error
     records = journal.read_jsonl(evaluated / "records.jsonl", RECORD)
     folder = Path(images) if images else images_folder(summary)

@@ -11,6 +11,7 @@ medmax_jax.generation.
 
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 

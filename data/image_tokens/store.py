@@ -38,6 +38,7 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import UInt8
 
+from medmax_jax import arguments
 from medmax_jax.data.image_tokens import dicom
 from medmax_jax.data.image_tokens.batch_encoder import PRECISIONS, BatchEncoder
 from medmax_jax.data.image_tokens.encoder import (

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from medmax_jax import cli
+from medmax_jax import arguments, cli
 from medmax_jax.data.instruct import captions, curation, replies
 from medmax_jax.data.instruct.curation import InstructError
 from medmax_jax.endpoints import cached_chat_api, egress

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from medmax_jax import arguments
 from medmax_jax.data.image_tokens.encoder import load_encoder, log
 from medmax_jax.data.records.document import Layout
 from medmax_jax.data.release import archives, eval_rows, train_rows

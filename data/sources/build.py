@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from medmax_jax import arguments
 from medmax_jax.data.image_tokens import dicom, document_codes
 from medmax_jax.data.image_tokens.batch_encoder import PRECISIONS
 from medmax_jax.data.image_tokens.document_codes import Files

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from medmax_jax import arguments
 from medmax_jax.data.image_tokens.encoder import log
 from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.data.sources.row import RejectedRow

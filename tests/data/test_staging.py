@@ -20,10 +20,9 @@ from gs_server import fixture_gs, fixture_server, use_server  # noqa: F401
 
 from medmax_jax import train
 from medmax_jax.data import loader
-from medmax_jax.data.records import staging
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.data.records.reader import open_records
-from medmax_jax.io import gcs
+from medmax_jax.io import gcs, workdir
 from medmax_jax.io.storage import Folder, StorageError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -275,7 +274,7 @@ def test_missing_records_and_unwritable_staging_folder(gs, remote, tmp_path, mon
     ):
         open_records(remote)
     monkeypatch.delenv(workdir.STAGE_VARIABLE)
-    monkeypatch.setattr(staging.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(workdir.tempfile, "tempdir", str(tmp_path))
     (tmp_path / "else").mkdir()
     (tmp_path / f"medmax_jax_{os.getuid()}").symlink_to(tmp_path / "else")  # by another user
     with pytest.raises(
