@@ -96,6 +96,7 @@ def opened(
             Path(text).mkdir(parents=True, exist_ok=True)
         yield Workdir(os.path.abspath(text), Path(text))
         return
+    sync_seconds()  # raises before anything is created
     remote = Folder(text)
     local = _local_folder(remote.path, writer if mode == "write" else f"{mode}-{os.getpid()}")
     shutil.rmtree(local.parent, ignore_errors=True)

@@ -183,7 +183,7 @@ def test_two_processes_stage_once(remote, stage):
 
 def test_killed_process_leaves_no_copy_that_is_used(remote, stage, server):
     with stopping(server, answers=1) as (url, waits):
-        process = child(remote, TENSORSTORE_GCS_HTTP_URL=url)
+        process = child(remote, STORAGE_EMULATOR_HOST=url)
         assert waits.wait(30)
         while not (parts := [p for p in stage.glob("*.partial/*") if p.stat().st_size]):
             time.sleep(0.01)  # the first shard, or the index, is on its way to the disk
@@ -210,7 +210,7 @@ def test_server_that_stops_responding_is_reported(remote, stage, server, monkeyp
 
 def test_waiting_for_a_stuck_process_is_reported(remote, stage, server, monkeypatch):
     with stopping(server, answers=0) as (url, waits):
-        process = child(remote, TENSORSTORE_GCS_HTTP_URL=url)
+        process = child(remote, STORAGE_EMULATOR_HOST=url)
         assert waits.wait(30)
         process.send_signal(signal.SIGSTOP)
         monkeypatch.setenv(gcs.TIMEOUT_VARIABLE, "3")
@@ -235,7 +235,7 @@ def test_damaged_file_is_reported_by_name(local, remote, stage):
     Folder(remote).write(name, [original[:-1]])
     with pytest.raises(StorageError, match=rf"{remote}/{name}: .*copy it again"):
         open_records(remote)
-    Folder(remote).store.write(name, None)
+    Folder(remote).delete(name)
     with pytest.raises(StorageError, match=rf"{remote}/{name}: no such bucket or file"):
         open_records(remote)
     Folder(remote).write(name, [original])
