@@ -176,12 +176,13 @@ def _has_ended(holder: dict[str, Any]) -> bool:
     """Return whether the holder was a process of this machine that no longer exists."""
     process = str(holder.get("holder", "")).rpartition(":")[2]
     same = bool(_id_space()) and holder.get("space") == _id_space()
-    if not (same and process.isdecimal()):
-        return False
+    return same and process.isdecimal() and not process_exists(int(process))
+
+
+def process_exists(number: int) -> bool:
+    """Return whether this machine has a process of that number, of any user."""
     try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
+        os.kill(number, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True

@@ -98,10 +98,7 @@ def opened(
         return
     sync_seconds()  # raises before anything is created
     remote = Folder(text)
-    local = _local_folder(remote.path, writer if mode == "write" else f"{mode}-{os.getpid()}")
-    shutil.rmtree(local.parent, ignore_errors=True)
-    with private_umask():
-        local.mkdir(parents=True)
+    local = _local_folder(remote.path, f"{mode} {writer}")
     skip = (*UNFINISHED, f"{LEASE_OBJECT}*", *skip)
     if mode != "write":
         if mode == "read":
@@ -273,9 +270,18 @@ def sync_seconds() -> float:
     return seconds
 
 
-def _local_folder(path: str, writer: str) -> Path:
-    name = hashlib.sha256(f"{path} {writer}".encode()).hexdigest()[:16]
-    return staging_folder() / "workdirs" / name / (path.rpartition("/")[2] or "run")
+def _local_folder(path: str, purpose: str) -> Path:
+    """Return a new folder of this process; remove those that ended processes left for the path."""
+    name = hashlib.sha256(f"{path} {purpose}".encode()).hexdigest()[:16]
+    parent = staging_folder() / "workdirs"
+    for left in parent.glob(f"{name}-*"):
+        if not lease.process_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
+    local = parent / f"{name}-{os.getpid()}" / path.rpartition("/")[2]
+    shutil.rmtree(local.parent, ignore_errors=True)
+    with private_umask():
+        local.mkdir(parents=True)
+    return local
 
 
 def _status(path: Path) -> tuple[int, ...]:
