@@ -216,11 +216,12 @@ def export(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def quantize(pipeline: Pipeline) -> dict[str, Any]:
-    """Convert to int8 and nf4, and compare logits with those of bfloat16."""
+    """Convert to int8 and nf4; compare layers and logits with HF's on weights rounded in torch."""
     for kind in ("int8", "nf4"):
         _convert(pipeline, "hf", kind, "--format", "native", "--quant", kind)
     sizes = {f"{kind}_gb": _gb(pipeline, kind) for kind in ("int8", "nf4")}
     found = sizes | {"correlation of logits": pipeline.ours("quantized")}
+    found |= pipeline.theirs("quantized")
     pipeline.remove("int8", "nf4")
     return found
 

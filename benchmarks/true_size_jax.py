@@ -254,14 +254,19 @@ def adapted(job: Job) -> dict[str, Any]:
 
 
 def quantized(job: Job) -> dict[str, Any]:
-    """Compare the logits of a short row with those of the quantized models."""
+    """Save every layer's output and the logits of a short row by the quantized models."""
     ids, found = _short_ids(), {}
+    row = (ids, np.ones_like(ids), np.arange(ids.shape[1], dtype=np.int32)[None])
     with on_one_device():
         for name in ("native", "int8", "nf4"):
             stored = native_layout.settings(Folder(job.path(name)))
             net = _load(job.path(name), stored["model"], stored["vocab"])
-            found[name] = np.asarray(_logits(net, ids)).reshape(-1)
+            hidden = sharding.jit(lambda net, *row: net.hidden_states_by_layer(*row))(net, *row)
+            logits = sharding.jit(lambda net, x: net.logits(net.norm(x)))(net, hidden[-1])
+            job.save(f"quantized.{name}", hidden=hidden, logits=logits)
+            found[name] = np.asarray(logits, np.float32).reshape(-1)
             del net
+    job.save("quantized", ids=row[0], segments=row[1], positions=row[2])
     return {
         name: round(float(np.corrcoef(found[name], found["native"])[0, 1]), 4)
         for name in ("int8", "nf4")

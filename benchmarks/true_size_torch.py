@@ -28,6 +28,12 @@ PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj")}
 PROJECTIONS["mlp"] = ("gate_proj", "up_proj", "down_proj")
 SCALE_TEXT, FIRST_CODE = 3.0, 4
 ROWS = 256  # of logits at a time
+NF4 = (  # QLoRA (arXiv:2305.14314), appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 class Weights:
@@ -159,6 +165,52 @@ def _compare_logits(ours: torch.Tensor, theirs: torch.Tensor, codes: slice) -> d
         image_logits_rms=image["rms"], std_of_image_logits=float(theirs[:, codes].float().std()),
         same_best=float((ours.argmax(1) == theirs.argmax(1)).float().mean()),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def quantized(scratch: pathlib.Path) -> dict[str, Any]:
+    """Compare each layer on our stream with HF's on weights that are rounded here.
+
+    Also chained, which shows what the rounding does to the logits of these random weights.
+    """
+    weights, saved, found = Weights(scratch / "hf"), Saved(scratch, "quantized"), {}
+    ids, head, logits = saved("ids").long(), weights["lm_head.weight"], {}
+    row = packed(saved("segments"), saved("positions"), weights, torch.bfloat16)
+    for kind in ("native", "int8", "nf4"):
+        hidden = Saved(scratch, f"quantized.{kind}")("hidden")
+        x, apart = F.embedding(ids, weights["model.embed_tokens.weight"]), []
+        for i in range(weights.config.num_hidden_layers):
+            layer = weights.layer(i)
+            for part in layer.modules() if kind != "native" else ():
+                if isinstance(part, torch.nn.Linear):
+                    part.weight = torch.nn.Parameter(rounded(part.weight, kind), False)
+            apart.append(difference(hidden[i + 1], layer(hidden[i].clone(), **row)[0])["rms"])
+            x = layer(x, **row)[0]
+            print(f"{kind}, layer {i}: {apart[-1]}", flush=True)
+        logits[kind] = (weights.norm()(x)[0] @ head.T).float()
+        ours = Saved(scratch, f"quantized.{kind}")("logits")[0]
+        found[kind] = dict(
+            layers_rms_most=max(apart), logits_rms=difference(ours, logits[kind])["rms"],
+            correlation_with_bf16=_correlation(logits[kind], logits["native"]),
+        )  # fmt: skip
+    return found
+
+
+def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return a matrix [out, in] rounded to int8 by rows, or to nf4 by 64 numbers of a row."""
+    wide = weight.float()
+    if kind == "int8":
+        scale = wide.abs().amax(1, keepdim=True) / 127
+        return ((wide / scale).round() * scale).to(weight.dtype)
+    tiles = wide.reshape(len(wide), -1, 64)
+    scale = tiles.abs().amax(2, keepdim=True)
+    levels = torch.tensor(NF4)
+    nearest = torch.bucketize(tiles / scale, (levels[1:] + levels[:-1]) / 2)
+    return (levels[nearest] * scale).reshape(wide.shape).to(weight.dtype)
+
+
+def _correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+    return round(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]), 4)
 
 
 @torch.no_grad()
@@ -362,6 +414,6 @@ def meta(scratch: pathlib.Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    steps = (forward, vq, generate, gradient, large_layer, reload, meta)
+    steps = (forward, vq, generate, gradient, quantized, large_layer, reload, meta)
     step = {f.__name__: f for f in steps}[STEP]
     print(json.dumps(step(pathlib.Path(SCRATCH))))
