@@ -23,6 +23,7 @@ from medmax_jax import config
 from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.manager import CheckpointManager, DamagedError
 from medmax_jax.checkpoints.resume import check_meta
+from medmax_jax.io import hub
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh, shard_batch, with_shardings
 from medmax_jax.training import reporting, step
@@ -114,6 +115,17 @@ def restore_checkpoint(
         except DamagedError:
             continue  # it was renamed to damaged_*, and the log reports it
     return None, None, {"interval": [], "last": {}, "owed": False}, []
+
+
+def pinned(run: config.Run) -> config.Run:
+    """Return the run with each hf:// address at its commit; what it names is downloaded."""
+    data = {name: hub.pinned(getattr(run.data, name)) for name in ("train", "validation")}
+    weights = hub.pinned(run.train.init_from)
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, **data),
+        train=dataclasses.replace(run.train, init_from=weights),
+    )
 
 
 def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
