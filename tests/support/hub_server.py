@@ -22,7 +22,7 @@ class Hub:
 
     Their last word states their behavior: gated, private, forbidden (403), busy (each first request
     of a path is refused with 429 and Retry-After: 2), cut (each first body ends early), short
-    (bodies lack a byte), wrong (each first body has another last byte), huge (sizes), slow (bodies).
+    (bodies lack a byte), wrong (each first body has another last byte), huge (sizes), slow.
     """
 
     def __init__(self, repositories: Mapping[str, Mapping[str, bytes]]):
