@@ -20,6 +20,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -112,6 +113,7 @@ def parse(path: str) -> Address:
     from huggingface_hub.errors import HfUriError
     from huggingface_hub.utils import parse_hf_uri
 
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else it logs every request
     try:
         uri = parse_hf_uri(path)
     except HfUriError as error:

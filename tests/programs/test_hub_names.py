@@ -105,12 +105,13 @@ def test_train_generate_and_evaluate(server, hub, tmp_path):
     train, answers, evaluated = (tmp_path / name for name in ("train", "answers", "evaluated"))
     training = "medmax_jax.train --config=configs/tiny.py --config.train.init_from=hf://org/tiny"
     training += " --config.train.steps=1 --config.train.eval_every=0 --config.train.samples=0"
+    training += " --config.data.validation="
     generation = "medmax_jax.generate --model=hf://org/tiny --adapter=hf://org/tiny_adapter"
-    generation += f" --image={IMAGES[0]} --config.sample.max_tokens=2"
+    generation += f" --image={IMAGES[0]} --config.sample.max_gen_len=2"
     evaluation = "eval.run --config=configs/eval_tiny.py --model=native:hf://org/tiny"
     evaluation += " --adapter=hf://org/tiny_adapter --config.questions=hf://org/data/items.jsonl"
     evaluation += " --config.images=hf://datasets/org/data/images --config.probes="
-    evaluation += " --config.resamples=200"
+    evaluation += " --config.resamples=2000"
     run(
         [*training.split(), "--config.data.train=hf://org/records", f"--workdir={train}"],
         [*generation.split(), "--prompt=A CT?", f"--out={answers}"],
@@ -128,3 +129,21 @@ def test_train_generate_and_evaluate(server, hub, tmp_path):
     assert summary["settings"]["questions"] == [f"{data}/items.jsonl"]
     assert summary["settings"]["images"] == f"{data}/images"
     assert not np.isnan(summary["scores"][0]["value"]) and summary["errors"] == 0
+
+
+@pytest.mark.slow
+def test_convert_and_the_layout_of_hugging_face(server, hub, tmp_path):
+    published, peft, workdir = (tmp_path / name for name in ("published", "peft", "evaluated"))
+    convert = "medmax_jax.convert --from hf://org/tiny_adapter --base hf://org/tiny".split()
+    run(
+        [*convert, "--to", str(peft), "--format", "peft"],
+        [*convert, "--to", str(published), "--format", "hf"],
+    )
+    settings = json.loads((peft / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/tiny", SHA)
+    assert f"native layout of `{TINY}`" in (published / "README.md").read_text()
+    hub.repositories["org/tiny_hf"] = files_of(published)
+    evaluation = ["eval.run", "--config=configs/eval_tiny.py", "--model=hf://org/tiny_hf"]
+    ((status, output),) = forked([*evaluation, "--dry_run", f"--workdir={workdir}"])
+    assert status == 0, output
+    assert f"converting hf://org/tiny_hf@{SHA} to {tmp_path / 'cache'}" in output
