@@ -18,6 +18,8 @@ python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full 
     documents of one row; plan F.npz [--row 17] reads a saved plan
 python -m data.prepare who_saw HASH --in FOLDER ..    shards, plans, runs, checkpoints of an image
 
+Inputs may be published files: hf://ORG/NAME[@REVISION][/FILE], hf://datasets/ORG/NAME/..
+
     manifest row -> image -> views 0 .. n-1 -> VQGAN codes --+
                  -> documents (text with <image>) -----------+-> token ids -> records
 

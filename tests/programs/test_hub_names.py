@@ -90,7 +90,7 @@ def test_prepare(server, hub, tmp_path):
     assert json.loads((records / "dataset.json").read_text())["documents"] == len(IMAGES)
     summary = json.loads((items / "import.json").read_text())
     assert summary["from"] == f"hf://datasets/org/slake@{SHA}" and summary["rows"] == 1
-    assert hub.sent.count("datasets/org/data/items.jsonl") == 0  # nobody asked for it
+    assert hub.sent.count("datasets/org/data/items.jsonl") == 0  # not asked for
     assert hub.sent.count("org/tiny/model.safetensors") == 1
     refused = ["data.prepare", "sample", "--out", "hf://org/data/new"]
     ((status, output),) = forked(refused)
