@@ -113,7 +113,6 @@ def parse(path: str) -> Address:
     from huggingface_hub.errors import HfUriError
     from huggingface_hub.utils import parse_hf_uri
 
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else it logs every request
     try:
         uri = parse_hf_uri(path)
     except HfUriError as error:
@@ -195,6 +194,7 @@ def _download(address: Address, say: Callable[[str], None]) -> str:
     """Return the folder of the address, which is of the first of its kinds that exists."""
     from huggingface_hub import errors
 
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else it logs every request
     absences = (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
     for kind in address.kinds:
         only = address._replace(kinds=(kind,))

@@ -81,7 +81,7 @@ class Image:
 
     def _bare(self):
         """What python:slim has: a system, and python and pip in /usr/local; no user but root."""
-        for name in ("usr", "proc", "dev", "sys", "local", "etc", "root", "home", "opt"):
+        for name in ("usr", "proc", "dev", "sys", "local", "etc", "root", "home"):
             (self.root / name).mkdir(parents=True)
         (self.root / "tmp").mkdir(mode=0o777)
         (self.root / "tmp").chmod(0o1777)
@@ -173,7 +173,7 @@ def test_steps_in_a_clean_root(tmp_path, request):
         pytest.skip("needs root and the right to mount")
     request.addfinalizer(lambda: shutil.rmtree(tmp_path))  # 2.7 GB
     image = Image(tmp_path, "cpu")
-    packages = next((image.root / "opt/venv/lib").glob("python3*")) / "site-packages"
+    packages = next((image.root / "venv/lib").glob("python3*")) / "site-packages"
     left = {path.name.partition("-")[0] for path in packages.iterdir()}
     assert {"jax", "numpy"} <= left and not {"pip", "setuptools", "wheel"} & left
     shown = image.start(shlex.join([*image.entrypoint, *image.command]))
