@@ -24,7 +24,7 @@ import sides
 from accelerator_parts import Accelerator, Measurement
 
 from medmax_jax import arguments, flops
-from medmax_jax.io.environment import environment
+from medmax_jax.environment import environment
 from medmax_jax.plan import topology
 
 RESTART = 75  # exit code: stopped early, the same command resumes

@@ -18,6 +18,8 @@ python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full 
     documents of one row; plan F.npz [--row 17] reads a saved plan
 python -m data.prepare who_saw HASH --in FOLDER ..    shards, plans, runs, checkpoints of an image
 
+Inputs may be published files: hf://ORG/NAME[@REVISION][/FILE], hf://datasets/ORG/NAME/..
+
     manifest row -> image -> views 0 .. n-1 -> VQGAN codes --+
                  -> documents (text with <image>) -----------+-> token ids -> records
 
@@ -72,7 +74,7 @@ from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.data.sources import build as source_build
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.tasks import benchmark_import
-from medmax_jax.io import image_paths, workdir
+from medmax_jax.io import hub, image_paths, workdir
 from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.errors import printable, printable_text
 from medmax_jax.io.storage import Folder, StorageError
@@ -178,7 +180,7 @@ def prepare_documents(
     views = {path: ImageView(path, 0, "", False) for path in names if path}
     texts = [(row, views.get(row["image_path"])) for row in rows]
     encoder = load_encoder(Path(model_folder))
-    notes = dict(maker="documents", source=Path(source).name)
+    notes = dict(maker="documents", source=hub.name_of(source))
     code_source = document_codes.open_code_source(codes, encoder, precision)
     with contextlib.ExitStack() as stack:
         if secret:
@@ -302,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     log_to_stderr()
     skip_absent_tpu()
     try:
+        hub.locate_arguments(args)
         with _open_out(args):
             result = args.run(args)
     except ERRORS as error:

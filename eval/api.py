@@ -12,7 +12,7 @@ from typing import Any
 
 from medmax_jax.config import build
 from medmax_jax.configs import eval_tiny
-from medmax_jax.eval.config import EvalError, Settings
+from medmax_jax.eval.config import EvalError, Settings, pinned
 from medmax_jax.eval.models import base, loading
 from medmax_jax.eval.pipeline import judging, stages
 from medmax_jax.eval.tasks import items, selection
@@ -43,7 +43,7 @@ def evaluate(
     config.questions = str(tasks) if isinstance(tasks, str | Path) else "sample"
     for name, value in overrides.items():
         config[name].update(value) if isinstance(value, dict) else config.update({name: value})
-    settings = build(Settings, config)
+    settings = pinned(build(Settings, config))
     if isinstance(tasks, str | Path):
         eval_set = selection.load_eval_set(settings)
     else:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax import arguments
+from medmax_jax.environment import environment
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.reporting.comparison import compare, render
 from medmax_jax.io import journal, workdir
-from medmax_jax.io.environment import environment
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.storage import StorageError
 from medmax_jax.io.text_files import read_json_object

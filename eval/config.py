@@ -3,6 +3,7 @@
 import dataclasses
 
 from medmax_jax.config import Mesh, Sample
+from medmax_jax.io import hub
 
 
 class EvalError(ValueError):
@@ -94,3 +95,21 @@ class Settings:
     resamples: int
     mesh: Mesh
     sample: Sample
+
+
+def pinned(settings: Settings) -> Settings:
+    """Return the settings with each hf:// address at its commit; what it names is downloaded.
+
+    Of KIND:PATH the path is meant. So summary.json states what was read.
+    """
+
+    def pin(value: str) -> str:
+        if value.startswith(hub.SCHEME):
+            return hub.pinned(value)
+        kind, colon, path = value.partition(":")
+        return f"{kind}:{hub.pinned(path)}" if colon else value
+
+    names = ("model", "adapter", "images", "train_records", "train_model")
+    paths = {name: pin(getattr(settings, name)) for name in names}
+    lists = {name: tuple(map(pin, getattr(settings, name))) for name in ("questions", "scorers")}
+    return dataclasses.replace(settings, **paths, **lists)

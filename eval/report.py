@@ -12,7 +12,7 @@ from medmax_jax import arguments
 from medmax_jax.eval.config import RECORD, EvalError
 from medmax_jax.eval.metrics import per_record
 from medmax_jax.eval.reporting import page
-from medmax_jax.io import journal, workdir
+from medmax_jax.io import hub, journal, workdir
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.storage import StorageError
 from medmax_jax.io.text_files import TextFileError, read_json_object
@@ -24,10 +24,10 @@ def images_folder(summary: Mapping[str, Any]) -> Path:
     """Return the folder of a run's images, from its settings."""
     settings = summary.get("settings", {})
     if settings.get("images"):
-        return Path(settings["images"])
+        return Path(hub.locate(settings["images"]))
     items = settings.get("questions", "sample")
     items = items if isinstance(items, str) else items[0]
-    return SAMPLE if items == "sample" else Path(items).parent
+    return SAMPLE if items == "sample" else Path(hub.locate(items)).parent
 
 
 def rewrite_report(evaluated: str | Path, images: str) -> Path:

@@ -5,6 +5,7 @@
     endpoint:NAME@URL   an OpenAI-compatible endpoint that accepts images
     predictions:FILE    recorded answers, JSONL of id, text, images
     baseline:KIND       constant, majority or random
+    hf://ORG/NAME       the same as hf:hf://ORG/NAME; A, FOLDER and FILE may be such names
 
 Evaluates one model and writes records.jsonl, summary.json, report.html and the other files of a
 workdir (listed in docs/guides/eval.md); after an interruption, the same command resumes.

@@ -5,9 +5,10 @@ module imports no program before it runs one, so that `medmax --help` starts at 
 """
 
 import difflib
-import importlib.metadata
 import runpy
 import sys
+
+import medmax_jax
 
 # Command -> (module that is run as a program, description).
 COMMANDS = {
@@ -34,7 +35,7 @@ def main() -> int:
         print(_usage())
         return 0
     if name == "--version":
-        print(f"medmax_jax {importlib.metadata.version('medmax_jax')}")
+        print(f"medmax_jax {medmax_jax.__version__}")
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -134,7 +134,7 @@ class Optim:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     trains: str  # lora | full | image_head: Anole's stage, the image columns of lm_head
-    init_from: str  # folder of base weights; empty: random weights
+    init_from: str  # folder of base weights, or hf://ORG/NAME; empty: random weights
     steps: int
     loss_weight: str  # document | token
     seed: int

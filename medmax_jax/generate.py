@@ -22,6 +22,7 @@ from medmax_jax.generation import api, buckets, grammar, output_files, sampling_
 from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.generation.model_bundle import decode_segments, load, prompt_tokens
 from medmax_jax.generation.requests import GenerateError
+from medmax_jax.io import hub
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.progress import ItemProgress, report_waiting, report_waits
 from medmax_jax.io.storage import StorageError
@@ -75,9 +76,8 @@ def _answer(
         tokens, sample, g.vocab, mode=FLAGS.mode, names=None, codes=g.vq_config.codes_per_image,
         context=g.config.context_length,
     )  # fmt: skip
-    request = to_dict(sample) | {
-        name: FLAGS[name].value for name in ("mode", "end_of_turn", "model", "adapter")
-    }
+    request = to_dict(sample) | {name: FLAGS[name].value for name in ("mode", "end_of_turn")}
+    request |= {name: hub.pinned(FLAGS[name].value) for name in ("model", "adapter")}
     output = output_files.OutputFolder(work.folder, prompts, request)
     todo = [i for i, prompt in enumerate(prompts) if prompt.id not in output.records]
     names = [

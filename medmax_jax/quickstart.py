@@ -33,6 +33,7 @@ from medmax_jax.data import prepare
 from medmax_jax.data.image_tokens import encoder
 from medmax_jax.data.records import writer
 from medmax_jax.data.sample.manifest import read_manifest
+from medmax_jax.environment import environment
 from medmax_jax.eval.config import Settings as EvalSettings
 from medmax_jax.eval.encoders import modality
 from medmax_jax.eval.metrics import aggregate
@@ -44,7 +45,6 @@ from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes, selection
 from medmax_jax.generation import model_bundle
 from medmax_jax.io import charts, html_page
-from medmax_jax.io.environment import environment
 from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.storage import file_sha256
 from medmax_jax.io.text_files import TextFileError, read_json

@@ -72,7 +72,7 @@ def run(
 
     Raises cli.Interrupted after SIGINT or SIGTERM; calling it again resumes from that step.
     """
-    setup.check_options(run, options)
+    run = setup.checked(run, options)
     if options.dry_run:
         return setup.dry_run(run, lambda: load_data(run))
     clock = log_writer.GoodputTimer()

@@ -33,7 +33,7 @@ from PIL import Image
 
 from medmax_jax import cli, config
 from medmax_jax.checkpoints import safetensors_file
-from medmax_jax.io import charts, image_paths
+from medmax_jax.io import charts, hub, image_paths
 from medmax_jax.io.errors import quoted
 from medmax_jax.io.progress import report_waits
 from medmax_jax.io.text_files import TextFileError, read_objects
@@ -270,7 +270,7 @@ def _start(settings: Run, tx: Any, file: Path, replicated: jax.NamedSharding) ->
     if not file.exists():
         state = jax.jit(fresh)()
         if source := settings.train.init_from:
-            state = state._replace(model=safetensors_file.load(source, state.model))
+            state = state._replace(model=safetensors_file.load(hub.locate(source), state.model))
         return state, 0
     like = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), jax.eval_shape(fresh)

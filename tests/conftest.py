@@ -23,9 +23,10 @@ from jaxtyping import install_import_hook
 
 # Not data, eval, nor what was never checked: batches hold abstract values too, and the endpoint.
 CHECKED = (
-    "checkpoints cli config convert eval.encoders.biomedclip eval.encoders.efficientnet flops "
-    "generate generation io.atomic_folder io.gcs io.html_page io.image_paths io.progress "
-    "io.csv_files io.environment io.errors io.settings_files io.storage io.charts io.text_files "
+    "checkpoints cli config convert environment eval.encoders.biomedclip "
+    "eval.encoders.efficientnet flops generate generation io.atomic_folder io.gcs "
+    "io.html_page io.image_paths io.progress io.csv_files io.errors io.hub io.settings_files "
+    "io.storage io.charts io.text_files "
     "models plan quickstart scaling sharding "
     "sweep train train_vqgan training.cross_entropy training.log_writer training.loss "
     "training.lpips training.metrics training.optimizer training.reporting training.samples "

@@ -41,7 +41,8 @@ CORE = (
 )
 # medmax_jax.train reaches these and no other.
 TRAINING_REACHES = (
-    *("config", "sharding", "flops", "cli", "arguments", "models", "training", "checkpoints", "io"),
+    *("config", "sharding", "flops", "cli", "arguments", "environment", "models", "training"),
+    *("checkpoints", "io"),
     "endpoints",  # the guard of data that W&B would receive
     *("generation", "configs", "data.loader", "data.packing", "data.records", "data.mixture"),
 )
@@ -293,9 +294,10 @@ def test_libtpu_is_the_one_jax_asks_for():
     assert f"libtpu=={version}.*" in (ROOT / "requirements-dev.txt").read_text()
 
 
-def test_the_locked_set_is_the_required_one():
-    """requirements.lock: each requirement at a version within its bounds, everything hashed."""
-    entries = re.split(r"\n(?=[a-z0-9])", (ROOT / "requirements.lock").read_text())
+@pytest.mark.parametrize("kind", ["", "-tpu", "-cuda"])
+def test_the_locked_set_is_the_required_one(kind):
+    """requirements*.lock: each requirement at a version within its bounds, everything hashed."""
+    entries = re.split(r"\n(?=[a-z0-9])", (ROOT / f"requirements{kind}.lock").read_text())
     locked = {}
     for entry in (e for e in entries if not e.startswith("#")):
         name, version = re.match(r"([\w.-]+)==([\w.]+)", entry).groups()

@@ -29,9 +29,9 @@ from medmax_jax.data.records.jsonl import to_text
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.data.sample.manifest import read_manifest
+from medmax_jax.environment import environment
 from medmax_jax.io import html_page
 from medmax_jax.io.atomic_folder import private_umask
-from medmax_jax.io.environment import environment
 from medmax_jax.models.tokenizer import SEP_NAME, Tokenizer
 
 MAX_CHARS = 1_500  # characters of a part of a document

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medmax_jax.data.records.document import RecordsError
+from medmax_jax.io import hub
 from medmax_jax.io.atomic_folder import atomic_folder, private_umask
 from medmax_jax.io.gcs import CHUNK_BYTES, TIMEOUT_VARIABLE, timeout_seconds
 from medmax_jax.io.progress import ByteProgress
@@ -40,7 +41,11 @@ class _File(NamedTuple):
 
 
 def stage_to_disk(folder: str | os.PathLike) -> Path:
-    """Return the folder, or the local copy of one on gs://; raise StorageError or RecordsError."""
+    """Return the folder, or the local copy of one on gs:// or the hub.
+
+    Raises StorageError or RecordsError.
+    """
+    folder = hub.locate(folder)
     source = Folder(folder)
     if not source.remote:
         return Path(folder)

@@ -28,7 +28,7 @@ import numpy as np
 
 from medmax_jax.data.records import staging, writer
 from medmax_jax.data.records.document import Document, Layout, RecordsError, check_document
-from medmax_jax.io import text_files
+from medmax_jax.io import hub, text_files
 from medmax_jax.io.atomic_folder import atomic_folder, private_umask
 from medmax_jax.io.progress import ByteProgress
 from medmax_jax.io.storage import Folder, StorageError, check_name
@@ -185,7 +185,9 @@ class _RowReader:
         self.private_lines, self.private_offsets = array("q"), array("q")
         self.disagreeing, self.examples = 0, []
         # filled in at the end of the pass; writer.write stores it after the last document
-        self.notes: dict[str, Any] = dict(maker="published", file=path.name, bytes=self.size)
+        self.notes: dict[str, Any] = dict(
+            maker="published", file=hub.name_of(path), bytes=self.size
+        )
 
     def documents(self) -> Iterator[Document]:
         """Yield the open documents; check the credentialed ones, and record their offsets."""

@@ -43,7 +43,7 @@ from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Document
 from medmax_jax.data.sources import captions, conversations, reports, vqa
 from medmax_jax.data.sources.row import SPLITS, Plan, RejectedRow, Row
-from medmax_jax.io import image_paths
+from medmax_jax.io import hub, image_paths
 from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.progress import ItemProgress
 from medmax_jax.models import images
@@ -117,7 +117,7 @@ def build_source(
     chosen = work.survey(sample)
     notes = dict(maker="build", source=source, subset=LABEL, split=split, seed=seed, sample=sample)
     notes |= dict(licence=work.facts.licence, data_class=work.facts.data_class)
-    notes["caption_share"] = caption_share
+    notes |= dict(caption_share=caption_share) | hub.source_note(folder)
     documents = work.documents(chosen, encoder, code_source, notes)
     with contextlib.ExitStack() as stack:
         if work.secret:

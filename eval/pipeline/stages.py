@@ -21,7 +21,8 @@ import jax
 from medmax_jax import cli
 from medmax_jax.config import fingerprint, to_dict
 from medmax_jax.data.records.reader import open_records
-from medmax_jax.eval.config import EvalError, Settings
+from medmax_jax.environment import environment
+from medmax_jax.eval.config import EvalError, Settings, pinned
 from medmax_jax.eval.encoders import scorer
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.models import baselines, endpoint, loading, predictions
@@ -40,9 +41,8 @@ from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes
 from medmax_jax.eval.tasks.selection import WHOLE, EvalSet, Shard, check_images, load_eval_set
 from medmax_jax.generation import requests
-from medmax_jax.io import journal
+from medmax_jax.io import hub, journal
 from medmax_jax.io.atomic_folder import private_umask
-from medmax_jax.io.environment import environment
 from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
@@ -113,6 +113,7 @@ def run(
 
     model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0.
     """
+    settings = pinned(settings)
     eval_set, part = load_eval_set(settings), Shard.of(shard)
     # Before a checkpoint is converted or its weights are read: work that could not be stored.
     with open_workdir(workdir, eval_set, part, dry_run=dry_run) as folder:
@@ -445,7 +446,7 @@ def run_contamination_check(run: EvalRun) -> dict[str, Any] | None:
         run.eval_set.items,
         settings.train_records,
         run.workdir,
-        model=settings.train_model or spec.where,
+        model=hub.locate(settings.train_model or spec.where),
         images_folder=run.eval_set.folder,
         progress=run.progress,
     )

@@ -23,6 +23,7 @@ from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.data.sources.row import RejectedRow
 from medmax_jax.eval.tasks import benchmark_readers, catalog, items
 from medmax_jax.eval.tasks.benchmark_readers import READERS, YES_NO
+from medmax_jax.io import hub
 from medmax_jax.io.atomic_folder import atomic_folder
 from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.storage import os_errors
@@ -90,7 +91,7 @@ def eval_items(
                 file.write(json.dumps(row).encode() + b"\n")
                 if (count := tally.kept.total()) % LOG_EVERY == 0:
                     log.info("%s: %d rows", name, count)
-        summary = _import_summary(name, tally, allow_counts, max_bad)
+        summary = _import_summary(name, tally, allow_counts, max_bad) | hub.source_note(folder)
         new.write(SUMMARY, [json.dumps(summary, indent=1).encode() + b"\n"])
     return dict(items=str(out / "items.jsonl"), **summary)
 

@@ -10,7 +10,7 @@ from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.generation.model_bundle import MAX_PIXELS
-from medmax_jax.io import image_paths, text_files
+from medmax_jax.io import hub, image_paths, text_files
 from medmax_jax.models import image_headers, images
 
 
@@ -68,9 +68,10 @@ def load_eval_set(settings: Settings) -> EvalSet:
             f"config.questions is {','.join(settings.questions)!r}; set it to JSONL files, or to "
             "sample alone"
         )
-    rows = [row for path in settings.questions for row in read_rows(Path(path))]
+    files = [Path(hub.locate(path)) for path in settings.questions]
+    rows = [row for path in files for row in read_rows(path)]
     items = task_items.from_rows([row for _, row in rows], places=[place for place, _ in rows])
-    folder = Path(settings.images or Path(settings.questions[0]).parent)
+    folder = Path(hub.locate(settings.images)) if settings.images else files[0].parent
     return EvalSet(items=_chosen(items, settings), train=[], training_images=[], folder=folder)
 
 
@@ -87,7 +88,7 @@ def load_sample(settings: Settings) -> EvalSet:
         training_images=[
             (row["file"], row["modality"]) for row in manifest if row["split"] == "train"
         ],
-        folder=Path(settings.images or SAMPLE),
+        folder=Path(hub.locate(settings.images)) if settings.images else SAMPLE,
     )
 
 

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from medmax_jax import config
 from medmax_jax.checkpoints import safetensors_file, zarr_arrays
+from medmax_jax.io import hub
 from medmax_jax.io.storage import Folder, StorageError
 
 SHIPPED = ("medmax_jax/tiny", "medmax_jax/tiny_adapter")  # in a checkout; `locate` elsewhere
@@ -35,9 +36,10 @@ class ExportError(RuntimeError):
 def locate(folder: str | os.PathLike) -> str:
     """Return the path of a model or adapter folder: the package's own one for a name of SHIPPED.
 
-    So `medmax_jax/tiny` is the shipped model also where the current folder is no checkout.
+    So `medmax_jax/tiny` is the shipped model also where the current folder is no checkout. What an
+    hf:// address names is downloaded.
     """
-    path = os.fspath(folder)
+    path = hub.locate(folder)
     if path.rstrip("/") in SHIPPED and not os.path.exists(path):
         return str(pathlib.Path(__file__).parents[1] / os.path.basename(path.rstrip("/")))
     return path

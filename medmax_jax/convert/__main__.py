@@ -6,7 +6,7 @@ python -m medmax_jax.convert check P                  check whether P is what wa
 python -m medmax_jax.convert check P --full --out D   ten checks, and a page of their results
 
 P     a checkpoint of Meta, Anole, Hugging Face or this project, a PEFT adapter, a training run,
-      or a vqgan.ckpt; a path, gs://bucket/prefix or hf://ORG/NAME[@REVISION][/FOLDER], which is
+      or a vqgan.ckpt; a path, gs://bucket/prefix or hf://ORG/NAME[@REVISION][/PART], which is
       downloaded to the cache of huggingface_hub. Its layout is detected.
 Q     a new folder, written atomically.
 

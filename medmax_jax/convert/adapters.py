@@ -35,6 +35,7 @@ from medmax_jax.convert.state_dict import (
     number,
     section,
 )
+from medmax_jax.io import hub
 from medmax_jax.io.errors import printable, quoted
 from medmax_jax.io.storage import Folder
 
@@ -136,8 +137,14 @@ def read_checkpoint(folder: Folder) -> Adapter:
 
 
 def write_peft(folder: Folder, adapter: Adapter, *, base_name: str) -> None:
-    """Write a folder for peft.PeftModel.from_pretrained; `base_name`: the path of its base."""
+    """Write a folder for peft.PeftModel.from_pretrained; `base_name`: the path of its base.
+
+    Of a repository on the hub the config has the name and the commit, as peft reads them.
+    """
     _check_uniform(adapter)
+    address, revision = hub.origin(base_name), None
+    if address.startswith(hub.SCHEME) and not (found := hub.parse(address)).part:
+        base_name, revision = found.repo, found.revision
     tensors = {}
     for name, pair in adapter.matrices.items():
         module = name.removesuffix(".weight")
@@ -147,6 +154,7 @@ def write_peft(folder: Folder, adapter: Adapter, *, base_name: str) -> None:
     config = PLAIN | dict(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
+        revision=revision,
         r=adapter.lora.rank,
         lora_alpha=_as_int(adapter.lora.alpha),
         lora_dropout=adapter.lora.dropout,

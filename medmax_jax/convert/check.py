@@ -29,11 +29,12 @@ import numpy as np
 import tokenizers
 
 from medmax_jax import sharding
-from medmax_jax.checkpoints import export, hub, safetensors_file
+from medmax_jax.checkpoints import export, safetensors_file
 from medmax_jax.config import Mesh, Vocab
 from medmax_jax.convert import convert, inspect_checkpoint, torch_reference
 from medmax_jax.convert import hf as hf_layout
 from medmax_jax.convert.state_dict import Checkpoint, ConvertError, check_finite
+from medmax_jax.io import hub
 from medmax_jax.io.progress import ByteProgress
 from medmax_jax.io.storage import Folder
 from medmax_jax.models import chameleon, vqgan

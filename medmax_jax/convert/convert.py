@@ -5,7 +5,7 @@ import os
 import types
 from collections.abc import Callable, Mapping
 
-from medmax_jax.checkpoints import export, hub
+from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.manager import CheckpointError
 from medmax_jax.checkpoints.safetensors_file import WeightsError
 from medmax_jax.checkpoints.torch_unpickler import PthError
@@ -216,7 +216,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint | Adapter:
 
     Only headers are read, but what is on the hub is downloaded first.
     """
-    path = hub.locate(export.locate(path))
+    path = export.locate(path)
     if path.endswith(".ckpt"):
         return _vqgan(*os.path.split(path))
     folder = Folder(path)

@@ -33,13 +33,13 @@ import numpy as np
 import PIL.Image
 
 import medmax_jax
-from medmax_jax.checkpoints import hub, safetensors_file
+from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.config import VQ
 from medmax_jax.convert import check, convert, inspect_checkpoint, safetensors_stream
 from medmax_jax.convert import vqgan as vqgan_layout
 from medmax_jax.convert.state_dict import Checkpoint, ConvertError, LazyTensor, check_finite
-from medmax_jax.io import html_page, text_files
-from medmax_jax.io.environment import environment
+from medmax_jax.environment import environment
+from medmax_jax.io import html_page, hub, text_files
 from medmax_jax.io.errors import printable
 from medmax_jax.io.progress import ByteProgress
 from medmax_jax.io.storage import Folder, StorageError

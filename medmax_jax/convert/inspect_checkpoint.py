@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from medmax_jax.checkpoints import hub
 from medmax_jax.config import to_dict
 from medmax_jax.convert.state_dict import Adapter, Checkpoint, fingerprint
+from medmax_jax.io import hub
 from medmax_jax.io.errors import printable
 from medmax_jax.models.vocab import IMAGE_START
 
@@ -92,7 +92,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         lora["ranks"] = ranks
     dtypes = collections.Counter(t.dtype for pair in adapter.matrices.values() for t in pair)
     return dict(
-        path=adapter.path,
+        path=hub.origin(adapter.path),
         layout=f"{adapter.layout} adapter",
         model=None,
         parameters={"adapter": count},

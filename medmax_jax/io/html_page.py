@@ -212,7 +212,7 @@ def paragraph(text: str, *, note: bool = False) -> str:
 def provenance(facts: Mapping[str, object]) -> str:
     """Return one line of small text below the title: what made the results, and from what.
 
-    facts: name -> value, for example {"seed": 0} and those of io/environment.py; facts whose value
+    facts: name -> value, for example {"seed": 0} and those of environment.py; facts whose value
     is empty are left out.
     """
     parts = [f"{name} {value}" for name, value in facts.items() if value not in (None, "")]

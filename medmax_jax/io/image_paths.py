@@ -1,7 +1,8 @@
 """Resolve the image paths that data files state; a path never leaves its image folder.
 
     a/b.png           accepted       ../b.png, a/../../b.png     refused
-    /etc/b.png        refused        a symbolic link to a file outside the folder: refused
+    /etc/b.png        refused        a symbolic link to a file outside the folder: refused, except
+                                     the links by which the hub's cache stores a repository
 
 A question file, a predictions file or an archive of a release from elsewhere could otherwise name
 any image of this machine, which an evaluation would send to an endpoint and put on its report.
@@ -13,6 +14,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from medmax_jax.io import hub
 from medmax_jax.io.errors import printable
 
 
@@ -42,7 +44,8 @@ def resolve(folder: str | os.PathLike, name: Any, *, label: str = "") -> Path:
         )
     path = Path(folder, name)
     try:
-        inside = path.resolve().is_relative_to(Path(folder).resolve())
+        real = path.parent.resolve() / path.name if hub.is_cached_link(path) else path.resolve()
+        inside = real.is_relative_to(Path(folder).resolve())
     except (OSError, RuntimeError):  # a loop of links, or a name that is too long
         inside = False
     if not inside:

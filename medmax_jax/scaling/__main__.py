@@ -24,8 +24,8 @@ from typing import Any
 
 from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
+from medmax_jax.environment import environment
 from medmax_jax.io import charts, html_page
-from medmax_jax.io.environment import environment
 from medmax_jax.io.progress import SECONDS, ItemProgress, report_waiting
 from medmax_jax.io.storage import StorageError, file_sha256
 from medmax_jax.scaling import checklist, diagnostics, mixed, report, table

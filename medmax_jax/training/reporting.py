@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 from medmax_jax import cli, config, flops
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
-from medmax_jax.io.environment import environment, git_commit
+from medmax_jax.environment import environment, git_commit
 from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.workdir import Workdir
 from medmax_jax.models import chameleon

@@ -1,6 +1,6 @@
 """Starts a run: checks before anything is loaded, the lock, the state to resume from.
 
-check_options -> workdir_lock -> mesh, data, run_metadata
+checked -> workdir_lock -> mesh, data, run_metadata
     -> restore_checkpoint (one that checkpoints/resume.py accepts) -> load_or_init_weights
 dry_run: the same from shapes alone, up to the compiled first step
 """
@@ -23,6 +23,7 @@ from medmax_jax import config
 from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.manager import CheckpointManager, DamagedError
 from medmax_jax.checkpoints.resume import check_meta
+from medmax_jax.io import hub
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh, shard_batch, with_shardings
 from medmax_jax.training import reporting, step
@@ -44,8 +45,11 @@ class Options:
 DEFAULT_OPTIONS = Options()
 
 
-def check_options(run: config.Run, options: Options) -> None:
-    """Raise ConfigError for invalid settings that are detectable before anything is loaded."""
+def checked(run: config.Run, options: Options) -> config.Run:
+    """Return the run with each hf:// address at its commit; what it names is downloaded.
+
+    Raises ConfigError before that for invalid settings that are detectable.
+    """
     config.check(run)
     steps = options.profile
     if steps and not 1 <= steps[0] <= steps[1] <= run.train.steps:
@@ -58,6 +62,13 @@ def check_options(run: config.Run, options: Options) -> None:
             f"config.train.samples is {run.train.samples}; it must be 0 with "
             f"{jax.process_count()} hosts; generate samples from the adapter on one host"
         )
+    data = {name: hub.pinned(getattr(run.data, name)) for name in ("train", "validation")}
+    weights = hub.pinned(run.train.init_from)
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, **data),
+        train=dataclasses.replace(run.train, init_from=weights),
+    )
 
 
 @contextlib.contextmanager

@@ -20,11 +20,11 @@ from medmax_jax.configs import eval_tiny
 from medmax_jax.convert import convert
 from medmax_jax.endpoints.egress import OutgoingError
 from medmax_jax.eval import evaluate
-from medmax_jax.eval.config import EvalError, Settings
+from medmax_jax.eval.config import EvalError, Settings, pinned
 from medmax_jax.eval.models import loading, predictions
 from medmax_jax.eval.pipeline import inference, stages
 from medmax_jax.eval.tasks import selection
-from medmax_jax.io import journal
+from medmax_jax.io import hub, journal
 
 ROOT = pathlib.Path(__file__).parents[2]
 ITEMS = 24
@@ -480,3 +480,16 @@ def test_the_folder_of_a_training_run_is_an_adapter(tmp_path):
         (tmp_path / "adapter" / name).write_text("{}")
     resolved = loading.parse_model_spec(*spec, progress=print)
     assert resolved.adapter == str(tmp_path / "adapter") and resolved.adapter_digest
+
+
+def test_settings_state_the_commits_of_names_of_the_hub(monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = f"/cache/models--org--m/snapshots/{commit}"
+    monkeypatch.setitem(hub._located, "hf://org/m", cached)
+    monkeypatch.setitem(hub._located, "hf://org/m/items.jsonl", f"{cached}/items.jsonl")
+    items = "hf://org/m/items.jsonl,local.jsonl"
+    found = pinned(settings(items, model="native:hf://org/m", scorers="biomedclip:hf://org/m"))
+    name = f"hf://org/m@{commit}"
+    assert found.questions == (f"{name}/items.jsonl", "local.jsonl")
+    assert (found.model, found.scorers) == (f"native:{name}", (f"biomedclip:{name}",))
+    assert pinned(settings("a", model="endpoint:m@http://h:1/v1")).model.endswith("m@http://h:1/v1")

@@ -12,6 +12,7 @@ import pytest
 from test_eval_rows import CHAT
 
 import medmax_jax
+from medmax_jax import environment
 from medmax_jax.config import build
 from medmax_jax.configs import eval_paper, eval_suite
 from medmax_jax.endpoints import egress
@@ -23,7 +24,7 @@ from medmax_jax.eval.reporting import tables as reporting_tables
 from medmax_jax.eval.stats.intervals import Resampling
 from medmax_jax.eval.tasks import catalog
 from medmax_jax.eval.tasks import items as task_items
-from medmax_jax.io import environment, html_page
+from medmax_jax.io import html_page
 
 RESAMPLING = Resampling(0, 2_000)
 MANY = 24  # questions, so that a slice of half of them is too small and the whole is not

@@ -19,11 +19,11 @@ from medmax_jax import config
 from medmax_jax.configs import tiny
 from medmax_jax.data import prepare
 from medmax_jax.data.records.reader import open_records
+from medmax_jax.environment import environment
 from medmax_jax.eval.reporting import comparison, page
 from medmax_jax.generation import model_bundle
 from medmax_jax.generation.model_bundle import Image, Text
 from medmax_jax.generation.output_files import OutputFolder, Prompt
-from medmax_jax.io.environment import environment
 from medmax_jax.scaling import __main__ as scaling
 from medmax_jax.training import samples
 

@@ -6,6 +6,7 @@ import http.server
 import json
 import re
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 
@@ -17,15 +18,17 @@ GRANTED, DENIED = "hf_granted", "hf_denied"  # tokens
 
 
 class Hub:
-    """Repositories by name, and what the server saw.
+    """Repositories by name, data sets with "datasets/" before it, and what the server saw.
 
-    Their last word states their behavior: gated, private, busy (each first request of a path is
-    refused with 429), cut (each first body ends early), short (bodies lack a byte), huge (sizes).
+    Their last word states their behavior: gated, private, forbidden (403), busy (each first request
+    of a path is refused with 429 and Retry-After: 2), cut (each first body ends early), short
+    (bodies lack a byte), wrong (each first body has another last byte), huge (sizes), slow.
     """
 
     def __init__(self, repositories: Mapping[str, Mapping[str, bytes]]):
         self.repositories = repositories
-        self.seen: list[str] = []
+        self.seen: list[str] = []  # requests that have a first time
+        self.sent: list[str] = []  # files of which a body was sent
         self.lock = threading.Lock()
 
     def first(self, what: str) -> bool:
@@ -54,8 +57,10 @@ def serving(hub: Hub) -> Iterator[str]:
 
         def do_GET(self):
             path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-            api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
-            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+            path = path.replace("/api/models/", "/api/", 1)
+            name = r"((?:datasets/)?[^/]+/[^/]+)"
+            api = re.fullmatch(rf"/api/{name}(?:/(revision|tree)/([^/]+))?", path)
+            file = re.fullmatch(rf"/{name}/resolve/([^/]+)/(.+)", path)
             repo = (api or file or [None, None])[1]
             files = hub.repositories.get(repo)
             if files is None or (repo.endswith("private") and not self.token()):
@@ -63,8 +68,10 @@ def serving(hub: Hub) -> Iterator[str]:
                 self.refuse(status, "RepoNotFound")
             elif (api and api[3] or file and file[2] or SHA) not in (SHA, "main", "v1"):
                 self.refuse(404, "RevisionNotFound")
+            elif repo.endswith("forbidden"):
+                self.refuse(403, "")
             elif repo.endswith("busy") and hub.first(f"{self.command} {path}"):
-                self.refuse(429, "", {"Retry-After": "0"})
+                self.refuse(429, "", {"Retry-After": "2" if api and not api[2] else "0"})
             elif api:
                 self.describe(repo, files, tree=api[2] == "tree")
             elif repo.endswith("gated") and self.token() != GRANTED:
@@ -97,8 +104,14 @@ def serving(hub: Hub) -> Iterator[str]:
             if start:
                 headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             body, keep = data[start:], len(data)
+            if self.command == "GET":
+                with hub.lock:
+                    hub.sent.append(f"{repo}/{path.rpartition('/')[2]}")
+                time.sleep(repo.endswith("slow") * 0.5)
             if repo.endswith("short"):
                 body = body[:-1]
+            if repo.endswith("wrong") and self.command == "GET" and hub.first(path):
+                body = body[:-1] + bytes([body[-1] ^ 1])
             if self.command == "GET" and repo.endswith("cut") and hub.first(path):
                 keep = len(data) // 2
             self.answer(206 if start else 200, body, headers, keep=keep)
