@@ -28,9 +28,9 @@ from medmax_jax import arguments, config
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointManager
 from medmax_jax.configs import base
-from medmax_jax.io.workdir import Workdir
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh
+from medmax_jax.storage.workdir import Workdir
 from medmax_jax.training import step
 
 

@@ -156,9 +156,9 @@ def load(folder: str, address: str, process: int, mesh: tuple[int, int, int]) ->
     from medmax_jax.checkpoints import export
     from medmax_jax.config import Mesh
     from medmax_jax.convert import native as native_layout
-    from medmax_jax.io.storage import Folder
     from medmax_jax.models import chameleon
     from medmax_jax.sharding import make_mesh
+    from medmax_jax.storage.folder import Folder
 
     jax.distributed.initialize(address, num_processes=2, process_id=process)
     sections = native_layout.settings(Folder(folder))

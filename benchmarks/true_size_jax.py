@@ -28,9 +28,9 @@ from medmax_jax.data import loader
 from medmax_jax.data.image_tokens import store_reader
 from medmax_jax.generation import api, buckets, engine, model_bundle, sampling_params, scheduler
 from medmax_jax.generation import requests as prompt_requests
-from medmax_jax.io.storage import Folder
 from medmax_jax.models import chameleon, vocab, vqgan
 from medmax_jax.plan import analytic
+from medmax_jax.storage.folder import Folder
 from medmax_jax.training import cross_entropy, step
 
 PROMPT = "Generate a chest x-ray with a pleural effusion in the left lower lung."

@@ -74,11 +74,11 @@ from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.data.sources import build as source_build
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.tasks import benchmark_import
-from medmax_jax.io import hub, image_paths, workdir
-from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.errors import printable, printable_text
-from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.models.tokenizer import Tokenizer, TokenizerError, document_ids
+from medmax_jax.storage import hub, image_paths, workdir
+from medmax_jax.storage.atomic_folder import private_folder
+from medmax_jax.storage.folder import Folder, StorageError
 
 log = logging.getLogger("medmax_jax.prepare")
 

@@ -30,9 +30,9 @@ from medmax_jax import arguments
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Document, RecordsError
 from medmax_jax.endpoints import egress
-from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.progress import ByteProgress
+from medmax_jax.storage.atomic_folder import private_umask
 
 log = logging.getLogger("medmax_jax.tfds")
 

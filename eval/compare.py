@@ -14,10 +14,11 @@ from medmax_jax import arguments
 from medmax_jax.environment import environment
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.reporting.comparison import compare, render
-from medmax_jax.io import journal, workdir
+from medmax_jax.io import journal
 from medmax_jax.io.errors import printable_text
-from medmax_jax.io.storage import StorageError
 from medmax_jax.io.text_files import read_json_object
+from medmax_jax.storage import workdir
+from medmax_jax.storage.folder import StorageError
 
 PAGE = "comparison.html"
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from medmax_jax.config import Mesh, Sample
-from medmax_jax.io import hub
+from medmax_jax.storage import hub
 
 
 class EvalError(ValueError):

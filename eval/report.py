@@ -12,10 +12,11 @@ from medmax_jax import arguments
 from medmax_jax.eval.config import RECORD, EvalError
 from medmax_jax.eval.metrics import per_record
 from medmax_jax.eval.reporting import page
-from medmax_jax.io import hub, journal, workdir
+from medmax_jax.io import journal
 from medmax_jax.io.errors import printable_text
-from medmax_jax.io.storage import StorageError
 from medmax_jax.io.text_files import TextFileError, read_json_object
+from medmax_jax.storage import hub, workdir
+from medmax_jax.storage.folder import StorageError
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 

@@ -29,10 +29,10 @@ from ml_collections import ConfigDict, config_flags
 from medmax_jax import arguments
 from medmax_jax import config as config_module
 from medmax_jax.config import ConfigError
-from medmax_jax.io import workdir
 from medmax_jax.io.errors import printable_text
-from medmax_jax.io.storage import Folder, StorageError
-from medmax_jax.io.workdir import Workdir
+from medmax_jax.storage import workdir
+from medmax_jax.storage.folder import Folder, StorageError
+from medmax_jax.storage.workdir import Workdir
 
 DONE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 75
 RESUME = "run the same command again to resume"
@@ -197,7 +197,7 @@ def open_workdir(
     skip: Sequence[str] = (),
     writer: str = "",
 ) -> Iterator[Workdir]:
-    """Open the folder that a program writes, local or gs://; see medmax_jax/io/workdir.py.
+    """Open the folder that a program writes, local or gs://; see medmax_jax/storage/workdir.py.
 
     own: the file of CONTENTS that the program writes; a folder with another one is refused. In a
     run of several hosts the first one writes, the others get an empty folder of a gs:// path.

@@ -22,12 +22,12 @@ from medmax_jax.generation import api, buckets, grammar, output_files, sampling_
 from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.generation.model_bundle import decode_segments, load, prompt_tokens
 from medmax_jax.generation.requests import GenerateError
-from medmax_jax.io import hub
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.progress import ItemProgress, report_waiting, report_waits
-from medmax_jax.io.storage import StorageError
-from medmax_jax.io.workdir import Workdir
 from medmax_jax.models import kv_cache
+from medmax_jax.storage import hub
+from medmax_jax.storage.folder import StorageError
+from medmax_jax.storage.workdir import Workdir
 
 # ---- The program ----
 

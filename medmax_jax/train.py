@@ -38,11 +38,11 @@ from medmax_jax.data import loader
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.data.records.writer import has_credentialed
-from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.progress import report_waiting
-from medmax_jax.io.storage import StorageError
 from medmax_jax.models import chameleon, vocab
 from medmax_jax.sharding import make_mesh, shard_batch
+from medmax_jax.storage.atomic_folder import private_folder
+from medmax_jax.storage.folder import StorageError
 from medmax_jax.training import log_writer, reporting, samples, setup, step
 from medmax_jax.training.batch import Batch
 from medmax_jax.training.reporting import Evaluator, Reporter, TrainContext, TrainError

@@ -33,12 +33,13 @@ from PIL import Image
 
 from medmax_jax import cli, config
 from medmax_jax.checkpoints import safetensors_file
-from medmax_jax.io import charts, hub, image_paths
+from medmax_jax.io import charts
 from medmax_jax.io.errors import quoted
 from medmax_jax.io.progress import report_waits
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models import images, vqgan
 from medmax_jax.sharding import make_mesh, shard_batch
+from medmax_jax.storage import hub, image_paths
 from medmax_jax.training import lpips
 from medmax_jax.training.run_files import LogFile, damage_warning, read_metrics
 

@@ -46,9 +46,9 @@ from medmax_jax.data.records.jsonl import plain_text, to_text
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.io.progress import ItemProgress
-from medmax_jax.io.storage import file_sha256
 from medmax_jax.models import image_headers
 from medmax_jax.models.tokenizer import Tokenizer, TokenizerError
+from medmax_jax.storage.folder import file_sha256
 
 
 def check(

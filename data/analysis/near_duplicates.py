@@ -23,9 +23,9 @@ import PIL.Image
 from jaxtyping import Bool, Float, Int, UInt8, UInt32, UInt64
 
 from medmax_jax.data.image_tokens.encoder import BATCH, Encoder
-from medmax_jax.io import image_paths
-from medmax_jax.io.storage import file_sha256
 from medmax_jax.models import image_headers, images, vqgan
+from medmax_jax.storage import image_paths
+from medmax_jax.storage.folder import file_sha256
 
 NGRAM_SIZE = 13  # words; GPT-3's
 COMMON = 10  # a gram in more training documents than this is a phrase, not a leak; GPT-3's

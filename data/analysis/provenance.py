@@ -32,8 +32,8 @@ from medmax_jax.data.image_tokens.store_reader import open_codes
 from medmax_jax.data.packing import mixing, plan_file
 from medmax_jax.data.packing.pack import PackError, Plan
 from medmax_jax.data.records.reader import Records, open_records
-from medmax_jax.io.storage import file_sha256
 from medmax_jax.io.text_files import TextFileError, read_json, read_objects
+from medmax_jax.storage.folder import file_sha256
 
 HEX = re.compile(r"[0-9a-f]{16,64}")
 SKIPPED = (".git", "__pycache__", "node_modules")

@@ -31,8 +31,8 @@ from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.environment import environment
 from medmax_jax.io import html_page
-from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.models.tokenizer import SEP_NAME, Tokenizer
+from medmax_jax.storage.atomic_folder import private_umask
 
 MAX_CHARS = 1_500  # characters of a part of a document
 BATCH = 8  # the paper's, for padding to the longest

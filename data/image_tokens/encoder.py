@@ -19,10 +19,10 @@ from medmax_jax.config import VQ, Vocab, build, check_vq
 from medmax_jax.data.image_tokens import dicom
 from medmax_jax.data.records.document import Layout
 from medmax_jax.io.errors import PrintableFormatter
-from medmax_jax.io.storage import file_sha256
 from medmax_jax.io.text_files import read_json_object
 from medmax_jax.models import image_headers, images, vqgan
 from medmax_jax.models.tokenizer import Tokenizer
+from medmax_jax.storage.folder import file_sha256
 
 log = logging.getLogger("medmax_jax.prepare")
 

@@ -55,12 +55,12 @@ from medmax_jax.data.image_tokens.store_reader import digest_of, shard_file, to_
 from medmax_jax.data.records.document import pseudonym
 from medmax_jax.data.records.row_streams import json_lines
 from medmax_jax.endpoints import egress
-from medmax_jax.io import image_paths
-from medmax_jax.io.atomic_folder import private_folder
-from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.progress import ItemProgress, report_waits
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.models import images
+from medmax_jax.storage import image_paths
+from medmax_jax.storage.atomic_folder import private_folder
+from medmax_jax.storage.image_paths import is_inside
 
 FORMAT = 2
 SLICE = 4_096  # files hashed by one process at a time

@@ -16,8 +16,8 @@ from array_record.python import array_record_module
 from jaxtyping import UInt8, UInt16
 
 from medmax_jax.data.image_tokens.encoder import PrepareError
-from medmax_jax.io.storage import file_sha256
 from medmax_jax.io.text_files import TextFileError, read_json_object
+from medmax_jax.storage.folder import file_sha256
 
 _HEAD = struct.Struct("<4sI32s")  # magic, CRC-32 of the rest, sha256 of the image file
 _MAGIC = b"MMC1"

@@ -16,8 +16,8 @@ from typing import Any
 
 from medmax_jax.endpoints import egress
 from medmax_jax.io.errors import printable
-from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.text_files import TextFileError, read_objects
+from medmax_jax.storage.image_paths import is_inside
 
 
 class CaptionsError(ValueError):

@@ -17,9 +17,9 @@ from medmax_jax.data.instruct import captions, curation, replies
 from medmax_jax.data.instruct.curation import InstructError
 from medmax_jax.endpoints import cached_chat_api, egress
 from medmax_jax.endpoints.chat_api import Endpoint, EndpointError, check_ready, parse_model_at_url
-from medmax_jax.io.image_paths import ImagePathError
 from medmax_jax.io.journal import JournalError
 from medmax_jax.io.text_files import TextFileError, parse_json
+from medmax_jax.storage.image_paths import ImagePathError
 
 log = logging.getLogger("medmax_jax.prepare")
 

@@ -28,12 +28,12 @@ from medmax_jax.data.mixture import INTERLEAVED
 from medmax_jax.endpoints import cached_chat_api, egress
 from medmax_jax.endpoints.cached_chat_api import Cache, ChatRequest
 from medmax_jax.endpoints.chat_api import Endpoint, Reply, TransientError, cost
-from medmax_jax.io import image_paths
-from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.journal import open_journal
 from medmax_jax.io.progress import ItemProgress
-from medmax_jax.io.storage import Folder
 from medmax_jax.io.text_files import TextFileError, read_json_object
+from medmax_jax.storage import image_paths
+from medmax_jax.storage.atomic_folder import private_folder
+from medmax_jax.storage.folder import Folder
 
 STAGES = {  # the verdict with which a row continues to the next stage
     "score": "keep",

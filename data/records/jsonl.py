@@ -10,9 +10,9 @@ from typing import Any
 
 from medmax_jax.data.records.document import Document, Layout, RecordsError
 from medmax_jax.endpoints import egress
-from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer, split_segments
+from medmax_jax.storage.image_paths import is_inside
 
 TEXT_FIELDS = ("id", "text", "image_path", "task", "source", "credential", "group")
 

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medmax_jax.data.records.document import RecordsError
-from medmax_jax.io import hub
-from medmax_jax.io.atomic_folder import atomic_folder, private_umask
-from medmax_jax.io.gcs import CHUNK_BYTES, TIMEOUT_VARIABLE, timeout_seconds
 from medmax_jax.io.progress import ByteProgress
-from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.io.text_files import parse_json
-from medmax_jax.io.workdir import staging_folder
+from medmax_jax.storage import hub
+from medmax_jax.storage.atomic_folder import atomic_folder, private_umask
+from medmax_jax.storage.folder import Folder, StorageError
+from medmax_jax.storage.gcs import CHUNK_BYTES, TIMEOUT_VARIABLE, timeout_seconds
+from medmax_jax.storage.workdir import staging_folder
 
 META, INDEX = "dataset.json", "index.npy"
 STREAMS = 8  # files in transfer at once: one GCS stream does not fill a host's network

@@ -35,9 +35,9 @@ from medmax_jax.data.records.document import (
 from medmax_jax.data.records.reader import FORMAT, Records, open_records
 from medmax_jax.data.records.staging import INDEX, META
 from medmax_jax.endpoints import egress
-from medmax_jax.io import storage
-from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.models.vocab import is_image
+from medmax_jax.storage.atomic_folder import private_folder
+from medmax_jax.storage.folder import file_sha256
 
 __all__ = [
     "LabelColumns",
@@ -221,7 +221,7 @@ class _ShardWriter:
         for n, documents in enumerate(self.documents):
             path = self.folder / f"{n:05d}-of-{len(self.documents):05d}.array_record"
             os.replace(self._path(n), path)
-            size, digest = path.stat().st_size, storage.file_sha256(path)
+            size, digest = path.stat().st_size, file_sha256(path)
             fields = dict(documents=documents, bytes=size, sha256=digest)
             shards.append(dict(file=path.name) | fields)
         return shards

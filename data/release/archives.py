@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.io.progress import ByteProgress
-from medmax_jax.io.storage import StorageError, check_name, os_errors
 from medmax_jax.models import images
+from medmax_jax.storage.folder import StorageError, check_name, os_errors
 
 PARTIAL = ".unpacking.partial"
 _READ = 1 << 20  # bytes requested from the unpacked stream at once

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from medmax_jax.data.mixture import RELEASED_ROWS, RELEASED_TOGETHER
 from medmax_jax.data.release import chat_answers
 from medmax_jax.data.release.train_rows import PublishedError
-from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.io.progress import ByteProgress
-from medmax_jax.io.storage import Folder, StorageError, check_name
+from medmax_jax.storage.atomic_folder import private_umask
+from medmax_jax.storage.folder import Folder, StorageError, check_name
 
 COLUMNS = ("task_name", "question_type", "prompt", "answer", "image_path")
 YES_NO, LETTER = ("closed", "open"), ("mcq",)

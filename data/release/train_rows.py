@@ -28,13 +28,14 @@ import numpy as np
 
 from medmax_jax.data.records import staging, writer
 from medmax_jax.data.records.document import Document, Layout, RecordsError, check_document
-from medmax_jax.io import hub, text_files
-from medmax_jax.io.atomic_folder import atomic_folder, private_umask
+from medmax_jax.io import text_files
 from medmax_jax.io.progress import ByteProgress
-from medmax_jax.io.storage import Folder, StorageError, check_name
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models.tokenizer import Tokenizer, TokenizerError, document_ids, split_segments
 from medmax_jax.models.vocab import BOS, EOS, IMAGE, PAD, SEP
+from medmax_jax.storage import hub
+from medmax_jax.storage.atomic_folder import atomic_folder, private_umask
+from medmax_jax.storage.folder import Folder, StorageError, check_name
 
 QUARANTINE = "quarantine.jsonl"
 MAX_LINE = 4 << 20  # bytes; a row of 4,096 tokens, the model's context, has about 30 kB

@@ -7,8 +7,8 @@
 import hashlib
 from pathlib import Path
 
-from medmax_jax.io import image_paths
 from medmax_jax.io.text_files import read_objects
+from medmax_jax.storage import image_paths
 
 FACTS = (
     "modality",

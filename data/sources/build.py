@@ -43,11 +43,11 @@ from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Document
 from medmax_jax.data.sources import captions, conversations, reports, vqa
 from medmax_jax.data.sources.row import SPLITS, Plan, RejectedRow, Row
-from medmax_jax.io import hub, image_paths
-from medmax_jax.io.atomic_folder import private_folder
 from medmax_jax.io.progress import ItemProgress
 from medmax_jax.models import images
 from medmax_jax.models.tokenizer import Tokenizer, TokenizerError, document_ids
+from medmax_jax.storage import hub, image_paths
+from medmax_jax.storage.atomic_folder import private_folder
 
 LABEL = "not the released subset"
 SHARD_SIZE = 4_096  # documents, as in the sample

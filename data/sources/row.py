@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 from medmax_jax.data.mixture import CAPTION, GENERATION
 from medmax_jax.data.records.row_streams import RowLocation, SourceError
-from medmax_jax.io.image_paths import is_inside
 from medmax_jax.io.text_files import LONE_SURROGATE, TextFileError, read_json
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
+from medmax_jax.storage.image_paths import is_inside
 
 RowType = TypeVar("RowType")
 SPLITS = ("train", "validation", "test")

@@ -32,9 +32,9 @@ from tokenizers import normalizers, pre_tokenizers, processors
 
 from medmax_jax.checkpoints import safetensors_file, torch_file
 from medmax_jax.checkpoints.safetensors_file import WeightsError
-from medmax_jax.io.storage import Folder
 from medmax_jax.models import image_headers, images
 from medmax_jax.sharding import AXES, ROWS
+from medmax_jax.storage.folder import Folder
 
 PAD = 0  # id of [PAD] in the published vocabulary; such keys are masked
 IMAGE_EPS = 1e-6  # of every LayerNorm in timm's ViT

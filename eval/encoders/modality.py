@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from medmax_jax.generation import model_bundle
-from medmax_jax.io import image_paths
+from medmax_jax.storage import image_paths
 
 GRID = 8
 

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from medmax_jax.config import build
 from medmax_jax.eval.encoders import biomedclip, efficientnet
 from medmax_jax.eval.encoders.biomedclip import Embedder
-from medmax_jax.io import hub
-from medmax_jax.io.storage import file_sha256
+from medmax_jax.storage import hub
+from medmax_jax.storage.folder import file_sha256
 
 
 class ImageScoringError(ValueError):

@@ -18,8 +18,8 @@ from medmax_jax.eval.metrics import aggregate, text
 from medmax_jax.eval.models.base import ModelRequest, Segment
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks.items import FAMILIES, Item
-from medmax_jax.io import image_paths
 from medmax_jax.models import images
+from medmax_jax.storage import image_paths
 
 BLIND = "the most common training answer of each question's template, without the image"
 DESCRIPTIONS = {

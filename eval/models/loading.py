@@ -28,10 +28,10 @@ from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks.selection import EvalSet, Shard
 from medmax_jax.generation import model_bundle, requests
-from medmax_jax.io import hub
 from medmax_jax.io.journal import open_journal
-from medmax_jax.io.storage import Folder
 from medmax_jax.sharding import make_mesh
+from medmax_jax.storage import hub
+from medmax_jax.storage.folder import Folder
 
 LOCAL = ("native", "hf")  # kinds that run in this process
 KINDS = (*LOCAL, "endpoint", "predictions", "baseline")

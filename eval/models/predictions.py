@@ -19,11 +19,11 @@ from medmax_jax.endpoints import egress
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.models.base import FailedResponse, ModelRequest, Segment
 from medmax_jax.eval.tasks.items import FAMILIES, Item, is_credentialed
-from medmax_jax.io import image_paths
 from medmax_jax.io.errors import printable
-from medmax_jax.io.storage import Folder
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models import image_headers, images
+from medmax_jax.storage import image_paths
+from medmax_jax.storage.folder import Folder
 
 MAX_LINE = 1_000_000  # bytes
 MAX_IMAGES = 16  # of an answer

@@ -28,10 +28,11 @@ from medmax_jax.eval.metrics import aggregate
 from medmax_jax.eval.metrics.per_record import Record, ScoringInputs
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
-from medmax_jax.io import image_paths, journal
-from medmax_jax.io.storage import file_sha256
+from medmax_jax.io import journal
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models.tokenizer import Tokenizer
+from medmax_jax.storage import image_paths
+from medmax_jax.storage.folder import file_sha256
 
 FILE = "contamination.jsonl"
 # Verbatim: part of the data.

@@ -25,12 +25,12 @@ from medmax_jax.eval.encoders.scorer import SAME, Rows, Scorer
 from medmax_jax.eval.metrics import embeddings, image_sets, per_record
 from medmax_jax.eval.metrics.per_record import Record
 from medmax_jax.eval.stats import intervals
-from medmax_jax.io import image_paths
 from medmax_jax.io import journal as io_journal
 from medmax_jax.io.journal import Journal, open_journal
 from medmax_jax.io.progress import report_waiting
-from medmax_jax.io.storage import file_sha256
 from medmax_jax.models import image_headers, images
+from medmax_jax.storage import image_paths
+from medmax_jax.storage.folder import file_sha256
 
 STORE = "embeddings.jsonl"
 BLANK = "blank"  # a gray image: the score of an answer that draws nothing

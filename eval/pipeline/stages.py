@@ -41,10 +41,11 @@ from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes
 from medmax_jax.eval.tasks.selection import WHOLE, EvalSet, Shard, check_images, load_eval_set
 from medmax_jax.generation import requests
-from medmax_jax.io import hub, journal
-from medmax_jax.io.atomic_folder import private_umask
+from medmax_jax.io import journal
 from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.text_files import TextFileError, read_json_object
+from medmax_jax.storage import hub
+from medmax_jax.storage.atomic_folder import private_umask
 
 SWAPPED = "the same model, shown an image of another group: the effect of the image"
 

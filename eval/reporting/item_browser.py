@@ -20,9 +20,10 @@ import PIL.Image
 
 from medmax_jax.eval.metrics import per_record, strict
 from medmax_jax.eval.reporting import definitions, tables
-from medmax_jax.io import csv_files, html_page, image_paths, journal
-from medmax_jax.io.storage import file_sha256
+from medmax_jax.io import csv_files, html_page, journal
 from medmax_jax.models import image_headers, images
+from medmax_jax.storage import image_paths
+from medmax_jax.storage.folder import file_sha256
 
 REPORT, PAGE, TABLE, IMAGES = "report.html", "items.html", "items.csv", "item_images"
 SIZE, QUALITY = 256, 85  # pixels of the longer side, and JPEG quality, of a copy

@@ -18,8 +18,8 @@ from medmax_jax.eval.reporting import curves, definitions, item_browser, tables,
 from medmax_jax.eval.reporting.tables import Values
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import html_page, journal
-from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.models import image_headers, images
+from medmax_jax.storage.atomic_folder import private_umask
 
 EXAMPLES = 3  # per task
 THUMBNAIL = 384  # pixels of the longer side of an image on the page

@@ -23,10 +23,10 @@ from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.data.sources.row import RejectedRow
 from medmax_jax.eval.tasks import benchmark_readers, catalog, items
 from medmax_jax.eval.tasks.benchmark_readers import READERS, YES_NO
-from medmax_jax.io import hub
-from medmax_jax.io.atomic_folder import atomic_folder
-from medmax_jax.io.image_paths import is_inside
-from medmax_jax.io.storage import os_errors
+from medmax_jax.storage import hub
+from medmax_jax.storage.atomic_folder import atomic_folder
+from medmax_jax.storage.folder import os_errors
+from medmax_jax.storage.image_paths import is_inside
 
 SUMMARY = "import.json"
 MAX_ROWS = 1_000_000  # the largest, OmniMedVQA, has 88,996

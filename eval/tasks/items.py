@@ -25,9 +25,9 @@ from medmax_jax.endpoints import egress
 from medmax_jax.eval.metrics import strict as metrics_strict
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.tasks import catalog
-from medmax_jax.io import image_paths
 from medmax_jax.io.errors import printable
-from medmax_jax.io.image_paths import is_inside
+from medmax_jax.storage import image_paths
+from medmax_jax.storage.image_paths import is_inside
 
 
 class TaskError(ValueError):

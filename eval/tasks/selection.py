@@ -10,8 +10,9 @@ from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.generation.model_bundle import MAX_PIXELS
-from medmax_jax.io import hub, image_paths, text_files
+from medmax_jax.io import text_files
 from medmax_jax.models import image_headers, images
+from medmax_jax.storage import hub, image_paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from medmax_jax.checkpoints.safetensors_file import fetch_to_host, flatten_named
-from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.io.text_files import TextFileError, parse_json
+from medmax_jax.storage.folder import Folder, StorageError
 
 MANIFEST = "sha256.json"
 SHARDS = "shards-{}.json"  # one file per process

@@ -19,8 +19,8 @@ from jaxtyping import PyTree
 
 from medmax_jax import config
 from medmax_jax.checkpoints import safetensors_file, zarr_arrays
-from medmax_jax.io import hub
-from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.storage import hub
+from medmax_jax.storage.folder import Folder, StorageError
 
 SHIPPED = ("medmax_jax/tiny", "medmax_jax/tiny_adapter")  # in a checkout; `locate` elsewhere
 SMALL, LARGE = "model.safetensors", "model.zarr"

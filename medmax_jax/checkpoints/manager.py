@@ -32,8 +32,8 @@ from jaxtyping import PyTree
 from orbax.checkpoint import multihost
 
 from medmax_jax.checkpoints import checksums, safetensors_file
-from medmax_jax.io.storage import Folder
-from medmax_jax.io.workdir import Workdir
+from medmax_jax.storage.folder import Folder
+from medmax_jax.storage.workdir import Workdir
 
 COMMITTED = "commit_success.txt"  # of Orbax, on gs:// only
 NAME = "checkpoints"  # folder of the steps

@@ -20,8 +20,8 @@ import tensorstore as ts
 from jaxtyping import PyTree, Shaped
 
 from medmax_jax.checkpoints import safetensors_file
-from medmax_jax.io import storage
-from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.storage import gcs
+from medmax_jax.storage.folder import Folder, StorageError
 
 FILE_BYTES = 64 * 2**20  # maximum size of a file
 BLOCK_BYTES = 2**20  # approximate size of what is read at once
@@ -57,7 +57,7 @@ class Writer:
             },
         }
         store = ts.open(spec, create=True)
-        return storage.wait(store, f"{self._folder.path}/{name}")
+        return gcs.wait(store, f"{self._folder.path}/{name}")
 
     def write(self, store: ts.TensorStore, index: Any, piece: Shaped[np.ndarray, "..."]) -> None:
         """Write store[index]; a piece should fill complete files, or they are written again."""
@@ -73,7 +73,7 @@ class Writer:
 
     def _wait_for_oldest(self) -> None:
         future, size, where = self._pending.popleft()
-        storage.wait(future, where, size)
+        gcs.wait(future, where, size)
         self._bytes -= size
 
 
@@ -127,13 +127,13 @@ def open_array(folder: Folder, name: str, *, cache: int = 0) -> ts.TensorStore:
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
     spec = array_spec(folder, name) | {"recheck_cached_data": False}
     store = ts.open(spec, open=True, context=context)
-    return storage.wait(store, f"{folder.path}/{name}")
+    return gcs.wait(store, f"{folder.path}/{name}")
 
 
 def read(folder: Folder, store: ts.TensorStore) -> Shaped[np.ndarray, "..."]:
     """Read an array or a part of it (`store[index]`); raise StorageError when it is damaged."""
     size = store.dtype.numpy_dtype.itemsize * math.prod(store.shape)
-    return storage.wait(store.read(), store.kvstore.path, size)
+    return gcs.wait(store.read(), store.kvstore.path, size)
 
 
 def load(folder: Folder, like: PyTree) -> PyTree:
@@ -172,7 +172,7 @@ def _placed(folder: Folder, name: str, leaf, sharding, devices_by_index, parts) 
         if isinstance(source, ts.TensorStore):
             part = _read_by_layer(source, leaf.dtype, where)
         else:
-            part = storage.wait(source, where, IN_FLIGHT).astype(leaf.dtype, copy=False)
+            part = gcs.wait(source, where, IN_FLIGHT).astype(leaf.dtype, copy=False)
         on_devices += [jax.device_put(part, device) for device in devices_by_index[key]]
     return jax.make_array_from_single_device_arrays(tuple(leaf.shape), sharding, on_devices)
 
@@ -198,7 +198,7 @@ def _read_by_layer(store: ts.TensorStore, dtype: Any, where: str) -> Shaped[np.n
     for i in range(layers):
         if i + ahead < layers:
             reads.append(store[i + ahead].read())
-        stack[i] = storage.wait(reads.popleft(), where, IN_FLIGHT)
+        stack[i] = gcs.wait(reads.popleft(), where, IN_FLIGHT)
     return stack
 
 

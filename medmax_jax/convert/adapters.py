@@ -35,9 +35,9 @@ from medmax_jax.convert.state_dict import (
     number,
     section,
 )
-from medmax_jax.io import hub
 from medmax_jax.io.errors import printable, quoted
-from medmax_jax.io.storage import Folder
+from medmax_jax.storage import hub
+from medmax_jax.storage.folder import Folder
 
 CONFIG, FACTS = "adapter_config.json", "medmax_jax.json"
 MODULES = (

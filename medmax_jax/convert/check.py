@@ -34,11 +34,11 @@ from medmax_jax.config import Mesh, Vocab
 from medmax_jax.convert import convert, inspect_checkpoint, torch_reference
 from medmax_jax.convert import hf as hf_layout
 from medmax_jax.convert.state_dict import Checkpoint, ConvertError, check_finite
-from medmax_jax.io import hub
 from medmax_jax.io.progress import ByteProgress
-from medmax_jax.io.storage import Folder
 from medmax_jax.models import chameleon, vqgan
 from medmax_jax.models.tokenizer import Tokenizer, TokenizerError
+from medmax_jax.storage import hub
+from medmax_jax.storage.folder import Folder
 
 PUBLISHED = {  # tokenizer/checklist.chk of Meta's, Anole's and MedMax's downloads
     "text_tokenizer.json": "170a932b687671a4e676f3bf69147295",

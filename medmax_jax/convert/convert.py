@@ -13,10 +13,10 @@ from medmax_jax.config import ConfigError
 from medmax_jax.convert import adapters, hf, meta, model_card, native
 from medmax_jax.convert import vqgan as vqgan_layout
 from medmax_jax.convert.state_dict import Adapter, Checkpoint, ConvertError
-from medmax_jax.io.atomic_folder import atomic_folder
 from medmax_jax.io.progress import ByteProgress
-from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.models.tokenizer import TokenizerError
+from medmax_jax.storage.atomic_folder import atomic_folder
+from medmax_jax.storage.folder import Folder, StorageError
 
 FORMATS = ("native", "hf", "meta", "peft")
 SEALS = dict(native="config.json", hf="config.json", meta="README.md", peft="adapter_config.json")

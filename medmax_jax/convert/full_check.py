@@ -39,12 +39,13 @@ from medmax_jax.convert import check, convert, inspect_checkpoint, safetensors_s
 from medmax_jax.convert import vqgan as vqgan_layout
 from medmax_jax.convert.state_dict import Checkpoint, ConvertError, LazyTensor, check_finite
 from medmax_jax.environment import environment
-from medmax_jax.io import html_page, hub, text_files
+from medmax_jax.io import html_page, text_files
 from medmax_jax.io.errors import printable
 from medmax_jax.io.progress import ByteProgress
-from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.models import images, vqgan
 from medmax_jax.models.image_headers import ImageError
+from medmax_jax.storage import hub
+from medmax_jax.storage.folder import Folder, StorageError
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 PAGE, RESULTS, CODES = "checks.html", "checks.json", "codes.json"

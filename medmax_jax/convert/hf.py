@@ -38,8 +38,8 @@ from medmax_jax.convert.state_dict import (
     vocab_settings,
 )
 from medmax_jax.io.errors import quoted
-from medmax_jax.io.storage import Folder
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, UNMODIFIED_IMAGE_NAME, parse_spec
+from medmax_jax.storage.folder import Folder
 
 VQ_PREFIX = "model.vqmodel."
 FIXED = dict(  # fixed by the architecture; another value is another model

@@ -8,9 +8,9 @@ import numpy as np
 
 from medmax_jax.config import to_dict
 from medmax_jax.convert.state_dict import Adapter, Checkpoint, fingerprint
-from medmax_jax.io import hub
 from medmax_jax.io.errors import printable
 from medmax_jax.models.vocab import IMAGE_START
+from medmax_jax.storage import hub
 
 NAMED = {  # (hidden_size, num_layers, num_heads, num_kv_heads) -> published model
     (4_096, 32, 32, 32): "7B",

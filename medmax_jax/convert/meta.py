@@ -41,7 +41,7 @@ from medmax_jax.convert.state_dict import (
     vocab_settings,
 )
 from medmax_jax.io.errors import quoted
-from medmax_jax.io.storage import Folder
+from medmax_jax.storage.folder import Folder
 
 # ---- The pieces of Meta's model-parallel checkpoints, and the order of the rows of a head ----
 #

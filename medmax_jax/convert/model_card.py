@@ -9,7 +9,7 @@ from typing import Any
 
 from medmax_jax.convert.state_dict import Adapter, Checkpoint
 from medmax_jax.endpoints import egress
-from medmax_jax.io import hub
+from medmax_jax.storage import hub
 
 USE = "Research only, not for clinical use: the output may be wrong and must not guide any care."
 LICENCE = (

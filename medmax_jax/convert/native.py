@@ -44,10 +44,10 @@ from medmax_jax.convert.state_dict import (
     language_shapes,
 )
 from medmax_jax.io.errors import quoted
-from medmax_jax.io.storage import Folder
 from medmax_jax.models import chameleon, quantization, vqgan
 from medmax_jax.models.quantization import PACKED, TILE
 from medmax_jax.sharding import make_mesh
+from medmax_jax.storage.folder import Folder
 
 STORE, SMALL = "model.zarr", "model.safetensors"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

@@ -33,8 +33,8 @@ from medmax_jax.convert.state_dict import (
 )
 from medmax_jax.io.errors import printable, quoted
 from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
-from medmax_jax.io.storage import ByteFile, Folder
 from medmax_jax.io.text_files import TextFileError
+from medmax_jax.storage.folder import ByteFile, Folder
 
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 BIN = "pytorch_model.bin"

@@ -28,9 +28,9 @@ from medmax_jax.convert.state_dict import (
 )
 from medmax_jax.io.errors import quoted
 from medmax_jax.io.settings_files import MAX_YAML_BYTES, parse_yaml
-from medmax_jax.io.storage import Folder
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models import vqgan
+from medmax_jax.storage.folder import Folder
 
 TAMING_GROUPS = 32  # of every GroupNorm, fixed in the code of taming-transformers and of HF
 

@@ -27,10 +27,11 @@ from PIL.PngImagePlugin import PngInfo
 from medmax_jax.environment import environment
 from medmax_jax.generation.model_bundle import MAX_PIXELS, Image, Text
 from medmax_jax.generation.requests import GenerateError, check_no_path
-from medmax_jax.io import html_page, image_paths, text_files
+from medmax_jax.io import html_page, text_files
 from medmax_jax.io.errors import printable
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models import images
+from medmax_jax.storage import image_paths
 
 NOTICE = "Research only, not for clinical use."
 STARTS = "starts"  # field of request.json, see above

@@ -27,10 +27,10 @@ from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
 from medmax_jax.environment import environment
 from medmax_jax.io import charts, html_page
 from medmax_jax.io.progress import SECONDS, ItemProgress, report_waiting
-from medmax_jax.io.storage import StorageError, file_sha256
 from medmax_jax.scaling import checklist, diagnostics, mixed, report, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
 from medmax_jax.scaling.study import Options, run_study
+from medmax_jax.storage.folder import StorageError, file_sha256
 
 
 def _parser() -> arguments.Parser:

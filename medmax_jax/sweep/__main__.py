@@ -25,9 +25,9 @@ from pathlib import Path
 from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, INTERRUPTED, USAGE, Interrupted, open_workdir
 from medmax_jax.config import ConfigError
-from medmax_jax.io import workdir
-from medmax_jax.io.storage import StorageError
 from medmax_jax.io.text_files import TextFileError, read_json_object
+from medmax_jax.storage import workdir
+from medmax_jax.storage.folder import StorageError
 from medmax_jax.sweep import expand, render, runner, status
 from medmax_jax.sweep.axes import SweepError
 

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax import config, flops
-from medmax_jax.io import lease
 from medmax_jax.io.text_files import TextFileError, read_json_object
-from medmax_jax.io.workdir import LEASE_OBJECT
+from medmax_jax.storage import lease
 from medmax_jax.sweep.axes import SweepError
 from medmax_jax.sweep.expand import SweepRun, settings
 from medmax_jax.training.run_files import damage_warning, read_metrics
@@ -203,7 +202,9 @@ def _locked(home: Path) -> bool:
     The runner's lock covers the seconds before medmax_jax.train takes its own. `home` may be a copy
     of a folder on gs://, which has the lease of its run instead.
     """
-    if (home / LEASE_OBJECT).exists() and lease.is_live((home / LEASE_OBJECT).read_bytes()):
+    if (home / lease.LEASE_OBJECT).exists() and lease.is_live(
+        (home / lease.LEASE_OBJECT).read_bytes()
+    ):
         return True
     for path in (home / LOCK, home / STARTED):
         if path.exists():

@@ -24,9 +24,9 @@ from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
 from medmax_jax.environment import environment, git_commit
 from medmax_jax.io.progress import report_waiting
-from medmax_jax.io.workdir import Workdir
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import shard_batch
+from medmax_jax.storage.workdir import Workdir
 from medmax_jax.training import log_writer, metrics, step
 from medmax_jax.training.batch import BatchSource, BatchStats
 from medmax_jax.training.run_files import LogFile

@@ -23,8 +23,8 @@ from medmax_jax.endpoints import egress
 from medmax_jax.environment import environment
 from medmax_jax.generation import api, model_bundle
 from medmax_jax.io import html_page
-from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.models.vocab import EOS, SEP, is_image
+from medmax_jax.storage.atomic_folder import private_umask
 from medmax_jax.training.batch import DocumentSource
 
 NOTICE = "Samples of a research model in training, on held-out documents. Not for clinical use."

@@ -23,9 +23,9 @@ from medmax_jax import config
 from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.manager import CheckpointManager, DamagedError
 from medmax_jax.checkpoints.resume import check_meta
-from medmax_jax.io import hub
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh, shard_batch, with_shardings
+from medmax_jax.storage import hub
 from medmax_jax.training import reporting, step
 from medmax_jax.training.batch import BatchSource
 from medmax_jax.training.reporting import TrainError

@@ -25,9 +25,9 @@ from medmax_jax.config import Vocab
 from medmax_jax.convert import convert as conversion
 from medmax_jax.convert import native, safetensors_stream, vqgan
 from medmax_jax.io.errors import MAX_CHARS
-from medmax_jax.io.storage import Folder
 from medmax_jax.models import tokenizer
 from medmax_jax.models import vqgan as vqgan_model
+from medmax_jax.storage.folder import Folder
 
 FEW, MANY = 60, 500
 SECONDS = 10.0  # of this process for one mutation; the point is that nothing runs without end

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from medmax_jax import sharding
 from medmax_jax.checkpoints import checksums, manager
 from medmax_jax.config import Mesh
-from medmax_jax.io.storage import Folder
-from medmax_jax.io.workdir import Workdir
+from medmax_jax.storage.folder import Folder
+from medmax_jax.storage.workdir import Workdir
 
 META = {"config": {"model": {"hidden_size": 8}}, "base": "a", "data": "b"}
 FLIPS = 240  # random bits over all files of a step

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from medmax_jax.checkpoints import zarr_arrays
 from medmax_jax.checkpoints.safetensors_file import WeightsError
 from medmax_jax.config import Mesh
-from medmax_jax.io.storage import Folder
 from medmax_jax.sharding import make_mesh
+from medmax_jax.storage.folder import Folder
 
 MESHES = ((1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
 SPECS = {"kernel": P(None, "fsdp", "tp"), "embed": P("tp", "fsdp"), "scale": P()}
@@ -76,7 +76,7 @@ def test_a_stack_beyond_the_limit_is_read_by_layers(tmp_path, dtype, monkeypatch
     """Read as one array, a stack of 30B would need 17 GB of the host, twice on a CPU."""
     stack = np.random.default_rng(0).standard_normal((5, 16, 24)).astype(np.float32)
     folder, waited = write(tmp_path, {"kernel": stack, "embed": stack[0]}), []
-    wait = zarr_arrays.storage.wait
+    wait = zarr_arrays.gcs.wait
     like = {
         "kernel": jax.ShapeDtypeStruct(stack.shape, dtype),
         "embed": jax.ShapeDtypeStruct(stack[0].shape, dtype),
@@ -155,7 +155,7 @@ import json, sys, jax
 from jax.sharding import PartitionSpec as P
 from medmax_jax.checkpoints import zarr_arrays
 from medmax_jax.config import Mesh
-from medmax_jax.io.storage import Folder
+from medmax_jax.storage.folder import Folder
 from medmax_jax.sharding import make_mesh
 
 

@@ -26,8 +26,8 @@ from medmax_jax.convert import convert as conversion
 from medmax_jax.convert import safetensors_stream
 from medmax_jax.convert.state_dict import ConvertError
 from medmax_jax.io.settings_files import parse_yaml
-from medmax_jax.io.storage import Folder
 from medmax_jax.io.text_files import TextFileError
+from medmax_jax.storage.folder import Folder
 
 SECONDS = 5.0  # of this process for one error, which takes milliseconds
 

@@ -29,7 +29,7 @@ from medmax_jax.convert import convert as conversion
 from medmax_jax.convert import native
 from medmax_jax.convert.__main__ import main
 from medmax_jax.convert.state_dict import ConvertError, check_finite
-from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.storage.folder import Folder, StorageError
 
 ROOT = pathlib.Path(__file__).parents[2]
 

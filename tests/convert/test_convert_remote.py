@@ -16,9 +16,9 @@ from medmax_jax.config import Mesh
 from medmax_jax.convert import convert as conversion
 from medmax_jax.convert import inspect_checkpoint
 from medmax_jax.convert.state_dict import ConvertError
-from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh
+from medmax_jax.storage.folder import Folder, StorageError
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from medmax_jax.checkpoints.safetensors_file import dotted_name
 from medmax_jax.convert import check, convert, full_check, hf, meta, model_card
 from medmax_jax.convert.__main__ import main
 from medmax_jax.convert.state_dict import Checkpoint
-from medmax_jax.io.storage import Folder, StorageError
 from medmax_jax.models import vqgan
+from medmax_jax.storage.folder import Folder, StorageError
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCE = convert.read_checkpoint(TINY)

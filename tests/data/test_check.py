@@ -17,8 +17,8 @@ from medmax_jax.data.image_tokens.encoder import PrepareError
 from medmax_jax.data.records import jsonl, staging
 from medmax_jax.data.records import writer as records_writer
 from medmax_jax.data.records.document import Document, Layout
-from medmax_jax.io import storage
 from medmax_jax.models.vocab import BOI, EOI, IMAGE_START
+from medmax_jax.storage.folder import file_sha256
 
 LAYOUT = Layout(vocab=micro_run.run().vocab, codes_per_image=4, tokenizer="", vqgan="")
 
@@ -114,7 +114,7 @@ def test_index_of_other_documents_is_reported(tmp_path, capsys):
     index[7, 2] += 1
     np.save(tmp_path / "r" / staging.INDEX, np.asfortranarray(index))
     meta = json.loads((tmp_path / "r" / "dataset.json").read_text())
-    meta["index_sha256"] = storage.file_sha256(tmp_path / "r" / staging.INDEX)
+    meta["index_sha256"] = file_sha256(tmp_path / "r" / staging.INDEX)
     (tmp_path / "r" / "dataset.json").write_text(json.dumps(meta))
     assert prepare.main(["check", folder]) == 1
     assert lines(capsys) == [

@@ -13,8 +13,8 @@ from medmax_jax.data import loader, prepare
 from medmax_jax.data.analysis import near_duplicates
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Document, Layout
-from medmax_jax.io import storage
 from medmax_jax.models.vocab import BOI, EOI, IMAGE_START, SEP
+from medmax_jax.storage.folder import file_sha256
 from medmax_jax.training import setup
 
 LAYOUT = Layout(vocab=micro_run.run().vocab, codes_per_image=4, tokenizer="", vqgan="")
@@ -211,7 +211,7 @@ def test_files_and_folders_of_codes(tmp_path, capsys):
     assert [s["document"] for s in result["shards"]] == [1]
     # Verbatim: part of the data.
     assert result["codes"] == [dict(codes=str(tmp_path / "codes"), picture=1, shard=0, record=1)]
-    digest = storage.file_sha256(tmp_path / "p" / names[1])
+    digest = file_sha256(tmp_path / "p" / names[1])
     assert writer.open_records(tmp_path / "r")[1].image_sha256 == digest
 
 

@@ -22,15 +22,15 @@ from medmax_jax import train
 from medmax_jax.data import loader
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.data.records.reader import open_records
-from medmax_jax.io import gcs, workdir
-from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.storage import gcs, workdir
+from medmax_jax.storage.folder import Folder, StorageError
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHILD = """
 import sys
 sys.path.insert(0, ".")
 from medmax_jax.data.records.staging import stage_to_disk
-from medmax_jax.io.gcs import StorageError
+from medmax_jax.storage.gcs import StorageError
 
 try:
     print("copy", stage_to_disk(sys.argv[1]), flush=True)

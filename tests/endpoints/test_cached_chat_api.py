@@ -10,8 +10,8 @@ from llm_server import at, completion, replies, serving, short_waits  # noqa: F4
 from medmax_jax.endpoints import cached_chat_api
 from medmax_jax.endpoints.cached_chat_api import Cache, ChatRequest
 from medmax_jax.endpoints.chat_api import Endpoint, EndpointError, TransientError
-from medmax_jax.io.atomic_folder import private_umask
 from medmax_jax.io.journal import JournalError, open_journal
+from medmax_jax.storage.atomic_folder import private_umask
 
 GOOD = completion("hi")
 

@@ -18,7 +18,7 @@ from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.eval import suite
 from medmax_jax.eval.tasks import benchmark_import, benchmark_readers, catalog
 from medmax_jax.eval.tasks import items as task_items
-from medmax_jax.io.storage import StorageError
+from medmax_jax.storage.folder import StorageError
 
 RAD = {
     "qid": 1,

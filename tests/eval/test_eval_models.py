@@ -24,7 +24,8 @@ from medmax_jax.eval.config import EvalError, Settings, pinned
 from medmax_jax.eval.models import loading, predictions
 from medmax_jax.eval.pipeline import inference, stages
 from medmax_jax.eval.tasks import selection
-from medmax_jax.io import hub, journal
+from medmax_jax.io import journal
+from medmax_jax.storage import hub
 
 ROOT = pathlib.Path(__file__).parents[2]
 ITEMS = 24

@@ -24,8 +24,8 @@ from medmax_jax.checkpoints import checksums, export, manager, safetensors_file
 from medmax_jax.configs import tiny, tiny_base, tiny_instruct
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
-from medmax_jax.io.storage import Folder
 from medmax_jax.models import vocab
+from medmax_jax.storage.folder import Folder
 from medmax_jax.training import reporting, setup
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import safetensors.numpy
 import yaml
 
 from medmax_jax.checkpoints import torch_file
-from medmax_jax.io.storage import Folder
+from medmax_jax.storage.folder import Folder
 
 TINY = pathlib.Path(__file__).parents[2] / "medmax_jax" / "tiny"
 NUMPY = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}

@@ -17,7 +17,7 @@ import pytest
 import tensorstore as ts
 from local_server import local_server
 
-from medmax_jax.io import storage
+from medmax_jax.storage import gcs
 
 
 @contextlib.contextmanager
@@ -123,13 +123,13 @@ ARRAY = np.arange(512).reshape(32, 16).astype(ml_dtypes.bfloat16)
 
 
 def write_array(folder, name):
-    array = storage.wait(ts.open(zarr(folder.kvstore(name)), create=True), folder.path)
-    storage.wait(array.write(ARRAY), folder.path, ARRAY.nbytes)
+    array = gcs.wait(ts.open(zarr(folder.kvstore(name)), create=True), folder.path)
+    gcs.wait(array.write(ARRAY), folder.path, ARRAY.nbytes)
 
 
 def read_array(folder, name):
-    array = storage.wait(ts.open(zarr(folder.kvstore(name))), folder.path)
-    return storage.wait(array.read(), folder.path, ARRAY.nbytes)
+    array = gcs.wait(ts.open(zarr(folder.kvstore(name))), folder.path)
+    return gcs.wait(array.read(), folder.path, ARRAY.nbytes)
 
 
 # ---- fixtures ----

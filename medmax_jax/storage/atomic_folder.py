@@ -13,8 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 
-from medmax_jax.io.gcs import LOCK_OBJECT, PERMISSION_HINT, SPACE, Bucket
-from medmax_jax.io.storage import (
+from medmax_jax.storage.folder import (
     Folder,
     StorageError,
     check_name,
@@ -22,6 +21,7 @@ from medmax_jax.io.storage import (
     os_errors,
     raise_storage_error,
 )
+from medmax_jax.storage.gcs import LOCK_OBJECT, PERMISSION_HINT, SPACE, Bucket
 
 
 @contextlib.contextmanager

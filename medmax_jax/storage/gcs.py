@@ -1,4 +1,4 @@
-"""Access gs://bucket/prefix by Google's client library; used through medmax_jax/io/storage.py.
+"""Access gs://bucket/prefix by Google's client library; used through medmax_jax/storage/folder.py.
 
 google-cloud-storage was chosen because it has what a shared folder needs: writes and reads that
 hold for one generation of an object, resumable uploads, and checksums. obstore needs GCS's XML

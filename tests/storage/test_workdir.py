@@ -12,15 +12,15 @@ import time
 import pytest
 from gs_server import fixture_gs, fixture_server  # noqa: F401
 
-from medmax_jax.io import gcs, lease, workdir
-from medmax_jax.io.gcs import Bucket, StorageError
-from medmax_jax.io.lease import LeaseError
-from medmax_jax.io.storage import Folder
+from medmax_jax.storage import gcs, lease, workdir
+from medmax_jax.storage.folder import Folder
+from medmax_jax.storage.gcs import Bucket, StorageError
+from medmax_jax.storage.lease import LeaseError
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLDER = """
 import sys, time
-from medmax_jax.io import workdir
+from medmax_jax.storage import workdir
 with workdir.opened(sys.argv[1]) as work:
     for n in range(10_000):
         with open(work.folder / "metrics.jsonl", "a") as file:

@@ -29,10 +29,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medmax_jax.io.atomic_folder import check_space
 from medmax_jax.io.errors import printable
 from medmax_jax.io.progress import ByteProgress
-from medmax_jax.io.storage import StorageError, check_name
+from medmax_jax.storage.atomic_folder import check_space
+from medmax_jax.storage.folder import StorageError, check_name
 
 SCHEME = "hf://"
 ATTEMPTS = 5  # of a request that the hub refuses for now

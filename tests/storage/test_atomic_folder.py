@@ -24,9 +24,9 @@ from gs_server import (  # noqa: F401
     write_array,
 )
 
-from medmax_jax.io import gcs
-from medmax_jax.io.atomic_folder import atomic_folder
-from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.storage import gcs
+from medmax_jax.storage.atomic_folder import atomic_folder
+from medmax_jax.storage.folder import Folder, StorageError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -130,7 +130,7 @@ def test_valid_places_for_a_new_folder(tmp_path):
 
 HOLD = """
 import sys, time
-from medmax_jax.io.atomic_folder import atomic_folder
+from medmax_jax.storage.atomic_folder import atomic_folder
 with atomic_folder(sys.argv[1], bytes_needed=0, seal="config.json") as new:
     new.write("config.json", [b"{}"])
     with new.stream("model-00001.safetensors") as out:

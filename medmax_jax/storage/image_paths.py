@@ -14,8 +14,8 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from medmax_jax.io import hub
 from medmax_jax.io.errors import printable
+from medmax_jax.storage import hub
 
 
 class ImagePathError(ValueError):

@@ -16,9 +16,9 @@ from gs_server import (  # noqa: F401
     write_array,
 )
 
-from medmax_jax.io import storage
-from medmax_jax.io.atomic_folder import atomic_folder
-from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.storage import folder as folder_module
+from medmax_jax.storage.atomic_folder import atomic_folder
+from medmax_jax.storage.folder import Folder, StorageError
 
 GIB = 1 << 30
 
@@ -74,7 +74,7 @@ def test_missing_and_invalid_files_are_reported(path):
 
 
 def test_json_has_a_limit(path, monkeypatch):
-    monkeypatch.setattr(storage, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(folder_module, "MAX_JSON_BYTES", 10)
     folder = Folder(path)
     folder.write("a.json", [b"[12345678]"])
     folder.write("b.json", [b"[123456789]"])

@@ -10,8 +10,8 @@ import sys
 import pytest
 from hub_server import DENIED, GRANTED, SHA, Hub, etag, serving
 
-from medmax_jax.io import hub, image_paths
-from medmax_jax.io.storage import StorageError
+from medmax_jax.storage import hub, image_paths
+from medmax_jax.storage.folder import StorageError
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = {"config.json": b"{}", "tokenizer/a.json": b"[1]", "model.safetensors": bytes(5_000)}
@@ -19,8 +19,8 @@ NAMES = ("good", "gated", "private", "forbidden", "busy", "cut", "short", "wrong
 ROWS = {"train.jsonl": b'{"id": 1}\n', "odd [1] name.jsonl": b"{}\n", "images/a.png": b"png"}
 LOCATE = """
 import json, sys
-from medmax_jax.io import hub
-from medmax_jax.io.storage import StorageError
+from medmax_jax.storage import hub
+from medmax_jax.storage.folder import StorageError
 for address in sys.argv[1:]:
     try:
         print(json.dumps(["ok", hub.locate(address)]), flush=True)

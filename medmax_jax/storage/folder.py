@@ -1,6 +1,6 @@
 """The files of a checkpoint, under a local folder or under gs://bucket/prefix.
 
-    call              local                            gs:// (medmax_jax/io/gcs.py)
+    call              local                            gs:// (medmax_jax/storage/gcs.py)
     read, file        pread                            ranges of 16 MiB, eight in flight
     write, stream     name.partial, fsync, rename      a resumable upload in parts of 16 MiB
 
@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from medmax_jax.io.gcs import (
+from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
+from medmax_jax.io.text_files import TextFileError
+from medmax_jax.storage.gcs import (
     CHUNK_BYTES,
     SPACE,
     Bucket,
@@ -38,8 +40,6 @@ from medmax_jax.io.gcs import (
     not_found_error,
     wait,
 )
-from medmax_jax.io.settings_files import MAX_JSON_BYTES, parse_settings
-from medmax_jax.io.text_files import TextFileError
 
 __all__ = ["ByteFile", "Folder", "StorageError", "StoredFile", "wait"]
 

@@ -22,9 +22,9 @@ from medmax_jax.eval.reporting import page
 from medmax_jax.eval.tasks import items, selection
 from medmax_jax.generation import output_files
 from medmax_jax.generation.requests import GenerateError
-from medmax_jax.io import image_paths
-from medmax_jax.io.image_paths import ImagePathError, is_inside, resolve
 from medmax_jax.models import image_headers
+from medmax_jax.storage import image_paths
+from medmax_jax.storage.image_paths import ImagePathError, is_inside, resolve
 
 OUTSIDE = ["../s.png", "a/../../s.png", "/etc/s.png", "a\\..\\s.png", "a\0.png", "", "."]
 ROW = dict(task_name="vqa_rad", question_type="closed", prompt="Is it?", answer="yes")

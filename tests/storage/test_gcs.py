@@ -25,9 +25,9 @@ from gs_server import (  # noqa: F401
     zarr,
 )
 
-from medmax_jax.io import gcs, storage
-from medmax_jax.io.atomic_folder import atomic_folder
-from medmax_jax.io.storage import Folder, StorageError
+from medmax_jax.storage import gcs
+from medmax_jax.storage.atomic_folder import atomic_folder
+from medmax_jax.storage.folder import Folder, StorageError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -130,7 +130,7 @@ def every_call(folder):
     yield "range", lambda: folder.read("w", 0, 100)
     yield "file", lambda: folder.file("w")
     yield "write", lambda: folder.write("w", [b"1"])
-    yield "array", lambda: storage.wait(ts.open(array), f"{folder.path}/a")
+    yield "array", lambda: gcs.wait(ts.open(array), f"{folder.path}/a")
     yield "new", lambda: atomic_folder(folder.path, bytes_needed=0, seal="s").__enter__()
 
 
@@ -209,7 +209,7 @@ def test_invalid_timeout_is_rejected(gs, monkeypatch, text):
 
 def test_program_exits_when_the_server_is_unresponsive():
     code = (
-        "from medmax_jax.io.storage import Folder, StorageError\n"
+        "from medmax_jax.storage.folder import Folder, StorageError\n"
         "try:\n    Folder('gs://bucket/7b').read('w', 0, 10)\n"
         "except StorageError as e:\n    print(e)"
     )

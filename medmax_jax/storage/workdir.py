@@ -30,15 +30,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from medmax_jax.io import lease
-from medmax_jax.io.atomic_folder import private_umask
-from medmax_jax.io.gcs import LOCK_OBJECT, MISSING, ConflictError, StorageError
-from medmax_jax.io.storage import Folder, StoredFile
+from medmax_jax.storage import lease
+from medmax_jax.storage.atomic_folder import private_umask
+from medmax_jax.storage.folder import Folder, StoredFile
+from medmax_jax.storage.gcs import LOCK_OBJECT, MISSING, ConflictError, StorageError
 
 SYNC = 30.0  # seconds between two uploads of changed files
 SYNC_VARIABLE = "MEDMAX_SYNC_SECONDS"
 STAGE_VARIABLE = "MEDMAX_STAGE"  # environment variable: the folder of local copies
-LEASE_OBJECT = ".lease"
 UNFINISHED = ("*.partial", "*.partial/*", "*.tmp", f"{LOCK_OBJECT}*")
 UNFINISHED += (".lock", "*/.lock", "*.runner.lock", "*/.started")  # of local processes
 LOGS = re.compile(r"\.(jsonl|log|sha256)$|(^|/)events\.out\.")  # append-only
@@ -99,14 +98,14 @@ def opened(
     sync_seconds()  # raises before anything is created
     remote = Folder(text)
     local = _local_folder(remote.path, f"{mode} {writer}")
-    skip = (*UNFINISHED, f"{LEASE_OBJECT}*", *skip)
+    skip = (*UNFINISHED, f"{lease.LEASE_OBJECT}*", *skip)
     if mode != "write":
         if mode == "read":
             _Copy(remote, local, None, skip, log).download()
         yield Workdir(remote.path, local)
         shutil.rmtree(local.parent, ignore_errors=True)
         return
-    name = f"{LEASE_OBJECT}-{writer}" if writer else LEASE_OBJECT
+    name = f"{lease.LEASE_OBJECT}-{writer}" if writer else lease.LEASE_OBJECT
     with lease.held(remote.store, name, log=log, on_loss=_end_process) as held:
         copy = _Copy(remote, local, held, skip, log)
         if fresh:
@@ -227,13 +226,13 @@ class _Copy:
 def _claim(remote: Folder) -> None:
     """Mark a folder as unfinished, without what a killed process left in it."""
     names = set(remote.store.generations())
-    if names - {LEASE_OBJECT} and UNFINISHED_MARK not in names:
+    if names - {lease.LEASE_OBJECT} and UNFINISHED_MARK not in names:
         raise StorageError(
             f"{remote.path}: exists and is not empty; choose another path, or delete it: "
             f"gcloud storage rm -r {remote.path}"
         )
     remote.store.write(UNFINISHED_MARK, b"")
-    for name in names - {LEASE_OBJECT, UNFINISHED_MARK}:
+    for name in names - {lease.LEASE_OBJECT, UNFINISHED_MARK}:
         remote.store.delete(name)
 
 

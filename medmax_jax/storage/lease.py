@@ -18,8 +18,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from medmax_jax.io.gcs import MISSING, Bucket, ConflictError, StorageError
+from medmax_jax.io.text_files import TextFileError, parse_json
+from medmax_jax.storage.gcs import MISSING, Bucket, ConflictError, StorageError
 
+LEASE_OBJECT = ".lease"
 LEASE = 30.0  # seconds without a renewal after which a holder counts as dead
 LEASE_VARIABLE = "MEDMAX_LEASE_SECONDS"
 BOOT_ID, PROCESS_IDS = "/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"  # of Linux
@@ -61,7 +63,7 @@ class Lease:
             if generation == MISSING or waited >= self._seconds:
                 with contextlib.suppress(ConflictError):
                     return self._write(generation)
-                seen = seen or MISSING  # somebody else was faster
+                seen = seen or MISSING  # another process was faster
             elif not told:
                 told = True
                 self._log(
@@ -105,9 +107,8 @@ class Lease:
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self._store.read(self._name, 0, None, None).tobytes())
-            return content if isinstance(content, dict) else {}
-        except (StorageError, ValueError):
+            return parsed(self._store.read(self._name, 0, None, None).tobytes())
+        except StorageError:
             return {}
 
     def _lost(self) -> LeaseError:
@@ -147,10 +148,17 @@ def held(
 
 def is_live(content: bytes) -> bool:
     """Return whether a lease was renewed lately, by the clocks of its holder and of this host."""
+    renewed = parsed(content).get("time")
+    return isinstance(renewed, float) and time.time() - renewed < 2 * lease_seconds()
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    """Return what a lease states; nothing where it is damaged."""
     try:
-        return time.time() - json.loads(content)["time"] < 2 * lease_seconds()
-    except (ValueError, KeyError, TypeError):
-        return False
+        fields = parse_json(content, LEASE_OBJECT)
+    except TextFileError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def lease_seconds() -> float:
