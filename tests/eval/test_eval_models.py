@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 
-import PIL.Image
 import pytest
+from eval_setup import ITEMS, says_yes_after, write_items
 from llm_server import completion, serving, short_waits  # noqa: F401
 
 from medmax_jax import cli
@@ -28,25 +28,6 @@ from medmax_jax.io import journal
 from medmax_jax.storage import hub
 
 ROOT = pathlib.Path(__file__).parents[2]
-ITEMS = 24
-
-
-def write_items(folder: pathlib.Path, count: int = ITEMS, **changes) -> pathlib.Path:
-    """Write closed questions about small images, two about each."""
-    folder.mkdir(exist_ok=True)
-    rows = []
-    for n in range(count):
-        image = f"{n // 2}.png"
-        PIL.Image.new("RGB", (16, 16), (n, 0, 0)).save(folder / image)
-        rows.append(
-            dict(
-                task_name="vqa_rad", question_type="closed", prompt=f"Is it number {n}?",
-                answer="yes" if n % 3 else "no", image_path=image, id=f"q{n}", data_class="open",
-            ) | changes
-        )  # fmt: skip
-    path = folder / "items.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def settings(items: pathlib.Path, **changes) -> Settings:
@@ -75,14 +56,6 @@ def program(items, out, model, *flags):
 
 def says_yes(request: dict, n: int) -> bytes:
     return completion("Yes.")
-
-
-def says_yes_after(seconds: float):
-    def slowly(request: dict, n: int) -> bytes:
-        time.sleep(seconds)
-        return completion("yes")
-
-    return slowly
 
 
 # Endpoints.

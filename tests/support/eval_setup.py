@@ -1,12 +1,15 @@
 """Records of all families with scripted answers, and a judge that scores them."""
 
 import json
+import pathlib
+import time
 
 import PIL.Image
 from llm_server import completion
 
 from medmax_jax.eval.tasks import items
 
+ITEMS = 24
 PROMPT = "Which?\nA: CT\nB: MRI\nC: PET"
 CLOSED = [("Yes.", "yes"), ("normal", "no"), ("No, it is not.", "no"), ("", "yes"), ("no", "yes")]
 CHOICES = [("B", "B"), ("The answer is B", "B"), ("an MRI", "B"), ("A or B", "A"), ("C", "A")]
@@ -101,3 +104,31 @@ def _ours(request):
     return completion(
         json.dumps({"case": request["case"], "correct": bool(right(request["answer"]))})
     )
+
+
+def write_items(folder: pathlib.Path, count: int = ITEMS, **changes) -> pathlib.Path:
+    """Write closed questions about small images, two about each."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for n in range(count):
+        image = f"{n // 2}.png"
+        PIL.Image.new("RGB", (16, 16), (n, 0, 0)).save(folder / image)
+        rows.append(
+            dict(
+                task_name="vqa_rad", question_type="closed", prompt=f"Is it number {n}?",
+                answer="yes" if n % 3 else "no", image_path=image, id=f"q{n}", data_class="open",
+            ) | changes
+        )  # fmt: skip
+    path = folder / "items.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def says_yes_after(seconds: float):
+    """Return what answers a request for `serving`, after some seconds."""
+
+    def slowly(request: dict, n: int) -> bytes:
+        time.sleep(seconds)
+        return completion("yes")
+
+    return slowly

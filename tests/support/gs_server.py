@@ -1,13 +1,18 @@
 """Servers for gs:// in tests: the real fake-gcs-server, one that refuses, one that is silent."""
 
+import collections
 import contextlib
+import http.client
 import http.server
 import json
 import pathlib
+import random
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 
@@ -67,6 +72,81 @@ def answering(status: int) -> Iterator[str]:
         yield url
 
 
+class Faults:
+    """What a server between a client and the real one does to requests; counts of what it did."""
+
+    def __init__(self, seed: int, share: float = 0.08) -> None:
+        self.done = collections.Counter()
+        self.uploads = threading.Semaphore(0)  # released when an upload begins
+        self._pick, self._share = random.Random(seed), share
+
+    def choose(self) -> int:
+        """0 to forward the request, or the status of a refusal; may take its time."""
+        draw = self._pick.random()
+        if draw < self._share:
+            status = self._pick.choice((429, 503))
+            self.done[status] += 1
+            return status
+        if draw < 2 * self._share:
+            self.done["slow"] += 1
+            time.sleep(0.1 + 0.4 * self._pick.random())
+        return 0
+
+
+@contextlib.contextmanager
+def faulty(server: str, faults: Faults) -> Iterator[str]:
+    """The URL of a server that forwards requests, some late, and refuses some."""
+    address = urllib.parse.urlsplit(server).netloc
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _forward(self):
+            if self.headers.get("Transfer-Encoding"):
+                raise NotImplementedError("a request in chunks")
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.path.startswith("/upload"):
+                faults.uploads.release()
+            if status := faults.choose():
+                return self._answer(status, {}, b'{"error": {"message": "injected"}}')
+            upstream = http.client.HTTPConnection(address)
+            with contextlib.closing(upstream):
+                upstream.request(self.command, self.path, body or None, dict(self.headers))
+                reply = upstream.getresponse()
+                self._answer(reply.status, dict(reply.headers), reply.read())
+
+        def _answer(self, status, headers, body):
+            self.send_response(status)
+            kept = {"content-length", "transfer-encoding", "connection"}
+            for name, value in headers.items():
+                if name.lower() not in kept:
+                    self.send_header(name, value.replace(server, f"http://{self.headers['Host']}"))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_PATCH = _forward  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_):
+            pass  # clients that are killed break their connections
+
+    with Server(("127.0.0.1", 0), Handler) as between:
+        thread = threading.Thread(target=between.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{between.server_port}"
+        finally:
+            between.shutdown()
+            thread.join()
+
+
 @contextlib.contextmanager
 def silent() -> Iterator[str]:
     """The URL of a server that takes connections and never says a word."""
@@ -94,11 +174,19 @@ def _make_bucket(url: str) -> None:
     raise TimeoutError(f"no fake-gcs-server at {url} after 10 s")
 
 
+def variables_of(url: str) -> dict[str, str]:
+    """The environment of a process whose clients go to a server."""
+    return {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+    }
+
+
 def use_server(monkeypatch, url):
     """Sends all clients there; TensorStore reads the URL at each opening, the token once."""
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
-    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+    for name, value in variables_of(url).items():
+        monkeypatch.setenv(name, value)
 
 
 def zarr(kvstore):
