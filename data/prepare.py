@@ -46,6 +46,7 @@ import PIL.Image
 
 import medmax_jax
 from medmax_jax import arguments
+from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.safetensors_file import WeightsError
 from medmax_jax.cli import Interrupted, skip_absent_tpu
 from medmax_jax.config import ConfigError
@@ -133,7 +134,7 @@ def prepare_sample(
         raise PrepareError(
             f"the manifest has no image of split {split!r}; use one of {', '.join(SPLITS)}"
         )
-    encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
+    encoder = load_encoder(model_folder, vq=vq, tokenizer=tokenizer)
     texts = _assign_views(_sample_texts(kind, rows, seed, rounds), rows, views, seed)
     notes = dict(maker="sample", split=split, kind=kind, views=views, rounds=rounds, seed=seed)
     code_source = document_codes.open_code_source(codes, encoder, precision)
@@ -179,7 +180,7 @@ def prepare_documents(
             image_files.find(path)  # before any file is opened
     views = {path: ImageView(path, 0, "", False) for path in names if path}
     texts = [(row, views.get(row["image_path"])) for row in rows]
-    encoder = load_encoder(Path(model_folder))
+    encoder = load_encoder(model_folder)
     notes = dict(maker="documents", source=hub.name_of(source))
     code_source = document_codes.open_code_source(codes, encoder, precision)
     with contextlib.ExitStack() as stack:
@@ -305,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     skip_absent_tpu()
     try:
         hub.locate_arguments(args)
+        if isinstance(getattr(args, "model", None), str):  # gs://
+            args.model = export.local_copy(args.model)
         with _open_out(args):
             result = args.run(args)
     except ERRORS as error:
@@ -419,10 +422,10 @@ def _parser() -> arguments.Parser:
     plan = report.add(commands)
     provenance.add(commands)
     for command in (check, count):
-        command.add_argument("folder", type=Path, help="folder of records")
-    plan.add_argument("folder", type=Path, help="folder of records, or a saved plan")
+        command.add_argument("folder", type=arguments.folder, help="folder of records")
+    plan.add_argument("folder", type=arguments.folder, help="folder of records, or a saved plan")
     for command in (sample, documents):
-        command.add_argument("--model", type=Path, default=TINY, help="model folder")
+        command.add_argument("--model", type=arguments.folder, default=TINY, help="model folder")
     for command in commands.choices.values():
         command.add_argument(
             "--json", action="store_true", help="print one JSON object as the last line"

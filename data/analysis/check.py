@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt32, UInt64
 
+from medmax_jax import arguments
 from medmax_jax.data.analysis import eval_set, findings, near_duplicates, scan
 from medmax_jax.data.image_tokens.encoder import (
     LOG_SECONDS,
@@ -205,7 +206,9 @@ def add(commands: Any, tiny: Path) -> argparse.ArgumentParser:
     checked = commands.add_parser(
         "check", help="check records for corruption, duplicates and overlap with an evaluation set"
     )
-    checked.add_argument("--model", type=Path, help="model folder that wrote the records")
+    checked.add_argument(
+        "--model", type=arguments.folder, help="model folder that wrote the records"
+    )
     checked.add_argument(
         "--against", type=Path, nargs="+", default=[], metavar="EVAL",
         help="evaluation sets to compare with: folders of records, items.jsonl",

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Int
 
+from medmax_jax import arguments
 from medmax_jax.data.analysis import check, near_duplicates, stats_plots
 from medmax_jax.data.analysis.scan import images_of
 from medmax_jax.data.image_tokens.encoder import Encoder, PrepareError
@@ -322,7 +323,7 @@ def add(commands: Any, tiny: Path, manifest: Path) -> argparse.ArgumentParser:
         "--seq_len", type=int, default=0, help="row length; 0: length of the longest document"
     )
     parser.add_argument("--out", type=Path, help="HTML page to write, with plots and examples")
-    parser.add_argument("--model", type=Path, help="model folder that made the records")
+    parser.add_argument("--model", type=arguments.folder, help="model folder that made the records")
     parser.add_argument(
         "--examples", type=int, default=EXAMPLES, help="number of documents shown on the page"
     )

@@ -57,9 +57,11 @@ class ImageView:
     crop: bool
 
 
-def load_encoder(folder: Path, *, vq: Any = None, tokenizer: Tokenizer | None = None) -> Encoder:
+def load_encoder(
+    folder: str | Path, *, vq: Any = None, tokenizer: Tokenizer | None = None
+) -> Encoder:
     """Load tokenizer and VQGAN of a model folder; the language model in it is not read."""
-    folder = Path(export.locate(folder))
+    folder = export.local_copy(folder)
     path = folder / "config.json"
     try:
         raw = read_json_object(path)

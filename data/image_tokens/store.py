@@ -408,7 +408,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=arguments.folder, required=True, help="folder to write")
     parser.add_argument(
-        "--model", type=Path, required=True, help="model folder that contains the VQGAN"
+        "--model", type=arguments.folder, required=True, help="model folder that contains the VQGAN"
     )
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="highest", help="precision of the encoder"

@@ -11,12 +11,13 @@ this plan or does not start.
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from medmax_jax.data.packing.pack import PackError, Plan
 from medmax_jax.data.records.reader import Records
 from medmax_jax.io.errors import printable
 from medmax_jax.io.text_files import parse_object
+from medmax_jax.storage.folder import Folder
 
 FORMAT = 1
 SUFFIX = ".npz"
@@ -97,10 +99,10 @@ def save(
     return header
 
 
-def load(path: Path) -> SavedPlan:
+def load(path: str | Path) -> SavedPlan:
     """Read the plan of a file; raise PackError unless every byte is as it was saved."""
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with _opened(path) as raw, np.load(raw, allow_pickle=False) as file:
             text, sha256 = file["header"], file["sha256"].tobytes().hex()
             arrays = {name: file[name] for name in ARRAYS}
         header = parse_object(text.tobytes(), "header")
@@ -120,6 +122,12 @@ def load(path: Path) -> SavedPlan:
         header=header, plan=plan, lengths=arrays["lengths"], source=arrays["source"],
         task=arrays["task"],
     )  # fmt: skip
+
+
+def _opened(path: str | Path) -> BinaryIO:
+    folder, _, name = str(path).rpartition("/")
+    remote = folder.startswith("gs://")
+    return io.BytesIO(Folder(folder).read(name)) if remote else open(path, "rb")
 
 
 def _wrong_part(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:

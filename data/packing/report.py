@@ -204,7 +204,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
-    if args.folder.suffix == plan_file.SUFFIX:
+    if str(args.folder).endswith(plan_file.SUFFIX):
         return _describe_saved(args)
     for name in ("seq_len", "batch_size"):
         if (getattr(args, name) or 0) < 1:

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 def layout_of(name: str) -> Layout:
     """Return the meaning of the ids of published rows: "released", or those of a model folder."""
     if name != RELEASED:
-        return load_encoder(Path(name), vq=()).layout  # its weights are not needed
+        return load_encoder(name, vq=()).layout  # its weights are not needed
     return Layout(
         vocab=vocab.RELEASED,
         codes_per_image=vqgan.RELEASED.codes_per_image,

@@ -110,7 +110,7 @@ def build_source(
         )
     plan = Plan(source=source, split=split, seed=seed, caption_share=caption_share)
     work = _Work(plan, Path(folder), BY_NAME[source], max_bad, burned_in)
-    encoder = load_encoder(Path(model_folder), vq=vq, tokenizer=tokenizer)
+    encoder = load_encoder(model_folder, vq=vq, tokenizer=tokenizer)
     code_source = document_codes.open_code_source(codes, encoder, precision)
     if codes and work.secret:
         code_source.check_credentialed(burned_in=burned_in)
@@ -139,7 +139,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--from", type=Path, required=True, dest="folder", help="folder of the published files"
     )
     parser.add_argument("--out", type=arguments.folder, required=True, help="folder to write")
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--model", type=arguments.folder, required=True, help="model folder")
     parser.add_argument("--split", choices=SPLITS, default="train", help="split of the source")
     parser.add_argument(
         "--sample", type=int, metavar="N", help="number of documents to draw; default: all"

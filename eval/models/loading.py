@@ -116,10 +116,11 @@ def parse_model_spec(
     match kind:
         case "native" | "hf":
             requests.require_single_process()  # before a conversion or a mesh is started
-            adapter = adapter and hub.origin(model_bundle.adapter_folder(adapter))
+            tuned = Folder(found := model_bundle.adapter_folder(adapter)) if adapter else None
+            if tuned and not adapter.startswith("gs://"):
+                adapter = hub.origin(found)
             where = hub.pinned(where)
             folder = where if kind == "native" else str(convert_to_native(where, progress))
-            tuned = Folder(hub.locate(adapter)) if adapter else None
             if tuned and tuned.has(ADAPTER):
                 adapter_digest = tuned.file(ADAPTER).digest("sha256")
             fingerprint = export.base_fingerprint(folder)

@@ -19,11 +19,12 @@ from jaxtyping import PyTree
 
 from medmax_jax import config
 from medmax_jax.checkpoints import safetensors_file, zarr_arrays
-from medmax_jax.storage import hub
+from medmax_jax.storage import hub, workdir
 from medmax_jax.storage.folder import Folder, StorageError
 
 SHIPPED = ("medmax_jax/tiny", "medmax_jax/tiny_adapter")  # in a checkout; `locate` elsewhere
 SMALL, LARGE = "model.safetensors", "model.zarr"
+LEFT_REMOTE = (f"{LARGE}/*", "checkpoints/*", "compiled/*", "model/*", "profile/*", "events.out.*")
 # files of a model folder in addition to the weights
 SIDE_FILES = ("tokenizer.json", "vqgan.safetensors")
 FREE = ("param_dtype", "compute_dtype", "remat", "attention")  # how a model runs, not what it is
@@ -45,16 +46,19 @@ def locate(folder: str | os.PathLike) -> str:
     return path
 
 
+def local_copy(folder: str | os.PathLike) -> pathlib.Path:
+    """Return the local folder; of one on gs://, a copy without what is read from there in blocks.
+
+    folder: of a model, an adapter or a training run.
+    """
+    return workdir.local_copy(locate(folder), skip=LEFT_REMOTE)
+
+
 def load(folder: str | os.PathLike, like: PyTree) -> PyTree:
     """Return the weights of a model folder, by `safetensors_file.load` or `zarr_arrays.load`."""
     folder = locate(folder)
-    source = Folder(folder)
-    if source.has(SMALL):
-        if source.remote:
-            raise ExportError(
-                f"{folder}: {SMALL} cannot be loaded from a bucket; copy the folder to a local disk"
-            )
-        return safetensors_file.load(pathlib.Path(folder) / SMALL, like)
+    if Folder(folder).has(SMALL):
+        return safetensors_file.load(local_copy(folder) / SMALL, like)
     return zarr_arrays.load(Folder(f"{folder.rstrip('/')}/{LARGE}"), like)
 
 

@@ -95,7 +95,7 @@ def load(
         raise GenerateError(
             "merge (--merge) adds an adapter to the base; set adapter (--adapter) too"
         )
-    folder = Path(export.locate(folder))
+    source, folder = export.locate(folder), export.local_copy(folder)
     settings = _json(
         folder / "config.json",
         "a model folder contains config.json, model.safetensors and tokenizer.json",
@@ -120,7 +120,7 @@ def load(
             "use more devices (--config.mesh.fsdp, --config.mesh.tp) or convert the model with "
             "--quant",
         ):
-            weights = jax.block_until_ready(_load_model(folder, adapter, model, vocab, merge))
+            weights = jax.block_until_ready(_load_model(source, adapter, model, vocab, merge))
     return from_model(weights, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
 
 
@@ -135,7 +135,7 @@ def from_model(
 ) -> ModelBundle:
     """Return a bundle of a model in memory and the tokenizer and VQGAN of a model folder."""
     require_single_process()
-    folder = Path(export.locate(folder))
+    folder = export.local_copy(folder)
     with jax.set_mesh(mesh):
         return ModelBundle(
             model=model,
@@ -253,20 +253,21 @@ def _check_parts(prompt: Sequence[PromptPart], codes: int, *, where: str) -> Non
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """Return the adapter's folder: `path`, or `path`/adapter of a training run."""
-    path = Path(export.locate(path))
-    if (path / "adapter_config.json").exists() or not (path / "checkpoints").is_dir():
-        return path
-    if not (path / "adapter" / "adapter_config.json").exists():
+    """Return the adapter's local folder: `path`, or `path`/adapter of a training run."""
+    given, path = path, export.local_copy(path)
+    if (path / "adapter" / "adapter_config.json").exists():
+        return path / "adapter"
+    run = any((path / name).exists() for name in ("checkpoints", "checkpoints.sha256"))
+    if run and not (path / "adapter_config.json").exists():
         raise GenerateError(
-            f"{path}: the run has exported no adapter yet; finish it, or export its last "
-            f"checkpoint: python -m medmax_jax.convert --from {path} --to D --format native"
+            f"{given}: the run has exported no adapter yet; finish it, or export its last "
+            f"checkpoint: python -m medmax_jax.convert --from {given} --to D --format native"
         )
-    return path / "adapter"
+    return path
 
 
 def _load_model(
-    folder: Path, adapter: str | Path | None, config: Model, vocab: Vocab, merge: bool
+    folder: str, adapter: str | Path | None, config: Model, vocab: Vocab, merge: bool
 ) -> chameleon.Chameleon:
     if adapter is None:
         return export.load(folder, chameleon.abstract_model(config, vocab, chameleon.NO_LORA))

@@ -138,7 +138,7 @@ class _Copy:
         log: Callable[[str], None],
     ) -> None:
         self._remote, self._local, self._lease, self._log = remote, local, held, log
-        self._skip = re.compile("|".join(fnmatch.translate(pattern) for pattern in skip))
+        self._skip = _pattern(skip)
         self._known: dict[str, tuple[tuple[int, ...], StoredFile]] = {}
         self._lock = threading.Lock()
 
@@ -236,6 +236,32 @@ def _claim(remote: Folder) -> None:
         remote.store.delete(name)
 
 
+def local_copy(path: str, *, skip: Sequence[str]) -> Path:
+    """Return a local folder, or a local copy of one on gs:// without the names of `skip`.
+
+    The copy is made once for each state of the folder, and may be deleted at any time.
+    """
+    if not path.startswith("gs://"):
+        return Path(path)
+    remote, skipped = Folder(path), _pattern((*UNFINISHED, f"{lease.LEASE_OBJECT}*", *skip))
+    stored = {n: g for n, g in remote.store.generations().items() if not skipped.match(n)}
+    own, state = (hashlib.sha256(str(x).encode()).hexdigest()[:16] for x in (remote.path, stored))
+    parent = staging_folder() / "copies"
+    copy = parent / f"{own}-{state}"
+    if not copy.is_dir():
+        for old in parent.glob(f"{own}-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        with private_umask():
+            parent.mkdir(exist_ok=True)
+            partial = Path(tempfile.mkdtemp(dir=parent, prefix="partial-"))
+            for name in stored:
+                remote.download(name, partial / name)
+        with contextlib.suppress(FileExistsError, OSError):  # another process was faster
+            partial.rename(copy)
+        shutil.rmtree(partial, ignore_errors=True)
+    return copy
+
+
 def staging_folder() -> Path:
     """Return the folder of local copies, which belongs to this user; see STAGE_VARIABLE."""
     configured = os.environ.get(STAGE_VARIABLE)
@@ -281,6 +307,10 @@ def _local_folder(path: str, purpose: str) -> Path:
     with private_umask():
         local.mkdir(parents=True)
     return local
+
+
+def _pattern(names: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(fnmatch.translate(name) for name in names))
 
 
 def _status(path: Path) -> tuple[int, ...]:

@@ -25,21 +25,20 @@ PAGES = ROOT / "docs" / "tutorials"
 BLOCK = re.compile(r"^```(bash|python|text)\n(.*?)^```$", re.M | re.S)
 COMMAND = r"^{}(?:.*\\\n)*.*\n"  # with the lines that continue it
 TINY = (
-    "--config=configs/tiny.py --config.train.init_from=models/anole "
-    "--config.data.train=records/train --config.data.validation=records/validation "
+    "--config=configs/tiny.py "
     "--config.train.steps=3 --config.train.eval_every=0 --config.optim.warmup_ratio=0.0 "
 )
 LEFT_OUT = {  # what needs the network, a TPU or the reader's own server: commands by their start
-    "tpu_7b": ("gcloud", "hf download", "python -m medmax_jax.convert check"),
+    "tpu_7b": ("gcloud", "python -m medmax_jax.convert check", "export BUCKET"),
     "endpoint": ("export",),
 }
 ON_TINY = (  # the shipped model stands for the published one, embedded images for published rows
-    ("--from anole ", "--from medmax_jax/tiny "),
-    (r"data\.prepare import --from \S+ --out records/(\w+)",
+    (r"\$BUCKET/", ""),
+    ("--from hf://GAIR/Anole-7b-v0.1 ", "--from medmax_jax/tiny "),
+    (r"data\.prepare import --from \S+ \\\n *--out records/(\w+)",
      r"data.prepare sample --out records/\1 --split \1 --model models/anole"),
     ("MEDMAX_MULTIHOST=1 ", ""),
     (r"(medmax_jax\.train )--config=configs/medmax_7b_lora\.py ", rf"\1{TINY}"),
-    (r"([= ])/mnt/shared/runs/", r"\1runs/"),
     ("--seq_len 8192 --document_limit 2048", "--seq_len 256 --document_limit 256"),
 )  # fmt: skip
 SMALLER = {
