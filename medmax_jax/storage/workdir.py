@@ -6,7 +6,7 @@
         work.url("checkpoints")    for what is written there directly (Orbax, compiled programs)
 
 Of gs://, one process holds a lease (lease.py). Its local copy starts with what is in the bucket. A
-thread uploads changed files, logs first and others by their time of change, every SYNC seconds and
+thread uploads changed files, in the order of their changes, every SYNC seconds and
 at the end, so a machine that is lost loses at most the work of SYNC seconds and one upload; the
 same command repeats it on any machine. Each upload requires the generation that this process knows,
 and stores the SHA-256 of the file, which is checked when it is read. For a local path nothing
@@ -163,8 +163,10 @@ class _Copy:
     def _upload_changes(self) -> None:
         found = dict(self._scan())
         changed = [n for n, status in found.items() if self._state(n)[0] != status]
-        # Logs first: a file that was written later may state what they contain up to there.
-        for name in sorted(changed, key=lambda n: (not LOGS.search(n), found[n][1])):
+        # In the order of their changes: what a file relies on is in the bucket before it. A log has
+        # also changed before its last change, so one that is there already comes first.
+        grown = {name for name in changed if name in self._known and LOGS.search(name)}
+        for name in sorted(changed, key=lambda n: (n not in grown, found[n][1])):
             self._lease.check()
             with contextlib.suppress(FileNotFoundError):  # replaced or deleted meanwhile
                 self._known[name] = found[name], self._write(name)

@@ -10,10 +10,12 @@ import time
 import micro_run
 import numpy as np
 import pytest
+from gs_server import fixture_gs, fixture_server  # noqa: F401
 from run_setup import command, environment, finish, rows, start, wait_for_step
 from safetensors.numpy import load_file
 
 from medmax_jax import cli
+from medmax_jax.storage.folder import Folder
 
 pytestmark = pytest.mark.slow
 
@@ -34,13 +36,13 @@ def one(words: list[str], workdir: pathlib.Path, devices: int = 8):
     return start(words, workdir, environment(devices=devices))
 
 
-def two(words: list[str], workdir: pathlib.Path) -> list[subprocess.Popen]:
+def two(words: list[str], workdir: pathlib.Path | str, **variables) -> list[subprocess.Popen]:
     """Two processes that share the eight devices of the mesh."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     shared = environment(devices=4)
-    shared |= {"MEDMAX_COORDINATOR": address, "MEDMAX_PROCESSES": "2"}
+    shared |= {"MEDMAX_COORDINATOR": address, "MEDMAX_PROCESSES": "2"} | variables
     return [start(words, workdir, shared | {"MEDMAX_PROCESS": str(own)}) for own in range(2)]
 
 
@@ -106,3 +108,21 @@ def test_run_resumes_elsewhere_after_a_host_is_killed(words, alone, tmp_path):
     assert "config.mesh.data was 2, is now 1" in output
     assert re.search("resuming after step [123]0", output)
     close(alone, tmp_path)
+
+
+def test_two_hosts_share_a_workdir_on_gs(words, alone, gs, tmp_path):
+    """They have no disk in common; both are killed, and others resume."""
+    steps = Folder(f"{gs}/checkpoints")
+    first, second = two([*words, *ALL], gs, MEDMAX_STAGE=str(tmp_path / "a"))
+    while not steps.children() or not Folder(f"{gs}/checkpoints/20").has("sha256.json"):
+        assert first.poll() is None, finish(first)
+        time.sleep(0.05)
+    for process in (first, second):
+        process.kill()
+        finish(process)
+    outputs = [finish(p) for p in two([*words, *ALL], gs, MEDMAX_STAGE=str(tmp_path / "b"))]
+    assert [status for status, _ in outputs] == [cli.DONE] * 2, outputs
+    assert re.search("resuming after step [2345]0", outputs[0][1])
+    for name in Folder(gs).names():
+        Folder(gs).download(name, tmp_path / "fetched" / name)
+    close(alone, tmp_path / "fetched")
