@@ -123,6 +123,7 @@ def opened(
             copy.upload()  # where it fails, the local files stay
         if fresh:
             remote.store.delete(UNFINISHED_MARK)
+            log(f"{remote.path}: written")
         shutil.rmtree(local.parent, ignore_errors=True)
 
 

@@ -4,6 +4,7 @@ The server between them and fake-gcs-server refuses requests with 429 and 503 an
 The log in docs/guides/launch.md: pytest -m slow -s tests/programs/test_gs_workdir.py
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ from run_setup import (
 
 from medmax_jax import cli
 from medmax_jax.checkpoints import checksums
+from medmax_jax.eval import report
 from medmax_jax.storage import gcs, lease, workdir
 from medmax_jax.storage.folder import Folder
 
@@ -158,7 +160,9 @@ def test_a_second_run_in_the_same_place_is_refused(words, server, tmp_path, monk
 @pytest.mark.parametrize(
     "kills", [1, pytest.param(KILLS, marks=pytest.mark.slow)], ids=["once", "often"]
 )
-def test_a_killed_evaluation_equals_the_uninterrupted_one(server, tmp_path, monkeypatch, kills):
+def test_a_killed_evaluation_equals_the_uninterrupted_one(
+    server, tmp_path, monkeypatch, capsys, kills
+):
     use_server(monkeypatch, server)
     gs, seed = f"gs://bucket/{tmp_path.name}/eval", random.randrange(1000)
     items, faults, pick = write_items(tmp_path / "data"), Faults(seed), random.Random(seed)
@@ -190,6 +194,13 @@ def test_a_killed_evaluation_equals_the_uninterrupted_one(server, tmp_path, monk
         for our, their in zip(comparable(ours), comparable(theirs), strict=True):
             different = {k: (our[k], their[k]) for k in our if our[k] != their.get(k)}
             assert our == their, f"{name}, seed {seed}: {different}"
+    page = Folder(gs).stored("report.html")
+    assert report.main(["--workdir", gs]) == 0 and Folder(gs).stored("report.html") == page
+    compared = [gs, str(tmp_path / "whole"), "--workdir", f"{gs}_compared", "--resamples=2000"]
+    program = importlib.import_module("medmax_jax.eval.compare")  # the package has a function
+    assert program.main(compared) == 0
+    assert f"page: {gs}_compared/comparison.html" in capsys.readouterr().out
+    assert gs in Folder(f"{gs}_compared").read("comparison.html").tobytes().decode()
 
 
 def comparable(text: str) -> list:

@@ -21,7 +21,9 @@ from gs_server import (  # noqa: F401
     fixture_server,
     free_port,
     silent,
+    sparse,
     use_server,
+    variables_of,
     zarr,
 )
 
@@ -69,6 +71,29 @@ def test_large_objects_are_written_in_parts(gs, monkeypatch):
         out.write(data)
         raise KeyError
     np.testing.assert_array_equal(folder.read("w"), data)  # the unfinished upload is no object
+
+
+@pytest.mark.slow
+def test_an_object_of_5_gib_passes_in_little_memory():
+    size = 5 << 30
+    code = (
+        "import resource\n"
+        "from medmax_jax.storage.folder import Folder\n"
+        "folder, part = Folder('gs://bucket/7b'), bytes(64 << 20)\n"
+        f"folder.write('w', (part for _ in range({size} // len(part))))\n"
+        f"assert folder.size('w') == {size}\n"
+        "print(folder.file('w').digest('sha256'))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    with sparse(size) as (url, uploads):
+        environment = os.environ | variables_of(url)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, timeout=900,
+            stdout=subprocess.PIPE, check=True,
+        )  # fmt: skip
+    digest, kib = done.stdout.split()
+    assert uploads == [size] and int(kib) < 600 << 10
+    assert digest == "7f06c62352aebd8125b2a1841e2b9e1ffcbed602f381c3dcb3200200e383d1d5"
 
 
 def test_a_write_can_require_a_generation(gs):

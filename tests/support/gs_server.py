@@ -1,5 +1,6 @@
 """Servers for gs:// in tests: the real fake-gcs-server, one that refuses, one that is silent."""
 
+import base64
 import collections
 import contextlib
 import http.client
@@ -16,6 +17,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
 import pytest
@@ -145,6 +147,56 @@ def faulty(server: str, faults: Faults) -> Iterator[str]:
         finally:
             between.shutdown()
             thread.join()
+
+
+@contextlib.contextmanager
+def sparse(size: int) -> Iterator[tuple[str, list[int]]]:
+    """The URL of a server whose every object has `size` zeros, and the sizes of uploads."""
+    uploads, received, checksum = [], collections.Counter(), google_crc32c.Checksum()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            if "alt=media" not in self.path:
+                return self._answer(200, self._object(size))
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            span = {"Content-Range": f"bytes {first}-{last}/{size}"}
+            self._answer(206, bytes(last + 1 - first), span)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._answer(200, b"{}", {"Location": f"http://{self.headers['Host']}/session"})
+
+        def do_PUT(self):
+            left = int(self.headers["Content-Length"])
+            while left:
+                left -= len(part := self.rfile.read(min(left, 1 << 20)))
+                received["bytes"] += len(part)
+                checksum.update(part)
+            if self.headers["Content-Range"].endswith("/*"):
+                return self._answer(308, b"", {"Range": f"bytes=0-{received['bytes'] - 1}"})
+            uploads.append(received["bytes"])
+            self._answer(200, self._object(received["bytes"]))
+
+        def _object(self, size):
+            fields = {"name": "w", "generation": "1", "size": str(size)}
+            fields["crc32c"] = base64.b64encode(checksum.digest()).decode()
+            return json.dumps(fields).encode()
+
+        def _answer(self, status, body, headers=None):
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with local_server(Handler) as url:
+        yield url, uploads
 
 
 @contextlib.contextmanager

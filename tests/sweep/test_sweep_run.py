@@ -13,10 +13,13 @@ import time
 
 import micro_run
 import pytest
+from gs_server import fixture_gs, fixture_server  # noqa: F401
 from run_setup import environment
 
 from medmax_jax import train
 from medmax_jax.scaling import __main__ as scaling
+from medmax_jax.storage import workdir
+from medmax_jax.storage.folder import Folder
 from medmax_jax.sweep import __main__ as program
 from medmax_jax.sweep import expand, runner, status
 from medmax_jax.sweep.axes import SweepError
@@ -178,7 +181,7 @@ def test_only_one_runner_per_sweep(ended, tmp_path):
 # ---- in processes of their own
 
 
-def start(folder: pathlib.Path) -> subprocess.Popen:
+def start(folder: pathlib.Path | str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "medmax_jax.sweep", "run", "--workdir", str(folder)], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -219,6 +222,37 @@ def test_runner_killed_twice_gives_the_same_table(file, tmp_path):
         assert process.returncode == 0, output
         assert program.main(["collect", "--workdir", str(folder)]) == 0
         tables.append((folder / "table.csv").read_text())
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_a_sweep_on_gs_gives_the_same_table(ended, gs, tmp_path, monkeypatch, capsys):
+    """The runner is killed after its first run; another machine continues."""
+    runs, local = ended
+    with workdir.opened(gs) as work:
+        expand.write(runs[:2], work.folder)
+    monkeypatch.setenv(workdir.SYNC_VARIABLE, "0.5")
+    monkeypatch.setenv(workdir.STAGE_VARIABLE, str(tmp_path / "first"))
+    process = start(gs)
+    exported = f"{runs[0].run_id}/adapter/adapter_config.json"
+    while not Folder(gs).has(exported):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    monkeypatch.setenv(workdir.STAGE_VARIABLE, str(tmp_path / "second"))
+    assert program.main(["status", "--workdir", gs]) == 0
+    assert "finished" in capsys.readouterr().out.splitlines()[0]
+    process = start(gs)
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0 and f"1/2 {runs[0].run_id}: finished" in output, output
+    assert program.main(["collect", "--workdir", gs, "--json"]) == 0
+    expand.write(runs[:2], tmp_path / "local")
+    for run in runs[:2]:
+        (tmp_path / "local" / run.run_id).symlink_to(local / run.run_id)
+    assert program.main(["collect", "--workdir", str(tmp_path / "local")]) == 0
+    tables = [Folder(gs).read("table.csv").tobytes().decode()]
+    tables.append((tmp_path / "local" / "table.csv").read_text())
     assert tables[0] == tables[1]
 
 
