@@ -21,7 +21,6 @@ from medmax_jax.storage.folder import Folder, StorageError
 FORMATS = ("native", "hf", "meta", "peft")
 SEALS = dict(native="config.json", hf="config.json", meta="README.md", peft="adapter_config.json")
 SHARD_BYTES = 5 * 10**9  # per safetensors file, the size that transformers uses
-REMOTE_SHARD_BYTES = 10**9  # an upload is kept in memory
 SHARE = {
     "none": 1.02,
     "int8": 0.6,
@@ -144,8 +143,9 @@ def _write_model(
         if layout == "native":
             native.write(out, checkpoint, progress=progress)
         elif layout == "hf":
-            shard = REMOTE_SHARD_BYTES if out.remote else SHARD_BYTES
-            hf.write(out, checkpoint, shard_bytes=shard, decoder=target.decoder, progress=progress)
+            hf.write(
+                out, checkpoint, shard_bytes=SHARD_BYTES, decoder=target.decoder, progress=progress
+            )
         else:
             meta.write(out, checkpoint, progress=progress)
         out.write("README.md", [card_text])

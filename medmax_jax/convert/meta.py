@@ -156,11 +156,6 @@ def _write_language(
     folder: Folder, checkpoint: Checkpoint, progress: Callable[[int], None]
 ) -> None:
     model, count = checkpoint.model, checkpoint.model.qk_norm_shards
-    if folder.remote:
-        raise ConvertError(
-            f"{folder.path}: Meta's layout is one file for the complete model, which an upload "
-            "would keep in memory; write it to a local folder and copy that"
-        )
     if model.head_dim * model.num_heads != model.hidden_size or model.intermediate_size % count:
         raise ConvertError(
             f"{checkpoint.path}: Meta's layout requires head_dim x num_heads = hidden_size, and an "
