@@ -39,7 +39,7 @@ def rewrite_report(evaluated: str | Path, images: str) -> Path:
         summary = read_json_object(evaluated / "summary.json")
     except TextFileError as error:
         raise EvalError(
-            f"{evaluated}: no summary of a finished evaluation ({error}); run eval.run to its end"
+            f"{evaluated}: no finished evaluation ({error}); run eval.run to the end"
         ) from error
     records = journal.read_jsonl(evaluated / "records.jsonl", RECORD)
     folder = Path(images) if images else images_folder(summary)
