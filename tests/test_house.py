@@ -70,9 +70,14 @@ def modules() -> dict[str, pathlib.Path]:
 
 
 def imports(path: pathlib.Path) -> set[str]:
-    """Names of the project's own modules that a file imports, lazily or not."""
-    known, names = modules(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Own modules that a file imports, lazily or not, without imports for types alone."""
+    known, names, tree = modules(), set(), ast.parse(path.read_text())
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If)]
+    typing = [b for b in blocks if isinstance(b.test, ast.Name) and b.test.id == "TYPE_CHECKING"]
+    unused = {id(node) for block in typing for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in unused:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -56,7 +56,8 @@ class CheckpointManager:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._digests = self.folder.with_name(f"{self.folder.name}.sha256")
         self._latest_valid = _agree(self._clean)
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation
+        self._level = (absl := logging.getLogger("absl")).level
+        absl.setLevel(logging.ERROR)  # Orbax logs every operation
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
@@ -146,6 +147,7 @@ class CheckpointManager:
         except CheckpointError as error:
             self.log(f"WARNING: {error}")
         self._orbax.close()
+        logging.getLogger("absl").setLevel(self._level)
 
     def _complete(self, step: int, shards: checksums.Copies, blocked: float) -> None:
         """Write digests, complete Orbax's writing, commit and remove old steps, in the thread."""
