@@ -1,0 +1,133 @@
+"""The notebook: as it is in git, executed on a CPU, and what its cells compile to on a TPU."""
+
+import ast
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import threading
+import time
+
+import nbclient
+import nbformat
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from run_setup import environment
+
+from medmax_jax import plan
+from medmax_jax.config import from_config_dict
+from medmax_jax.plan import compile as plan_compile
+from medmax_jax.plan import topology
+
+ROOT = pathlib.Path(__file__).parents[2]
+NOTEBOOK = ROOT / "notebooks" / "medmax_tour.ipynb"
+MAX_CELL_LINES = 20
+MAX_GIB = 15.0  # of the 15.75 GiB that a program may use on a v5e
+MACHINES = ((1, "v5e:1x1"), (8, "v5e:2x4"))  # Colab's, Kaggle's
+MAX_MEMORY, MAX_DISK = 12 * 10**9, 40 * 10**9
+
+
+def cells(kind: str) -> list[nbformat.NotebookNode]:
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    return [cell for cell in book.cells if cell.cell_type == kind]
+
+
+def settings(chips: int) -> dict:
+    """What the cell of the settings defines on a TPU of so many chips."""
+    (cell,) = [c for c in cells("code") if "settings" in c.metadata.get("tags", ())]
+    names = {"tpu": True, "chips": chips}
+    exec(cell.source, names)
+    return names
+
+
+def test_outputs_are_not_in_git_and_cells_are_short_python():
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(book)
+    assert set(book.metadata) == {"accelerator", "kernelspec", "language_info"}
+    for cell in cells("code"):
+        assert cell.outputs == [] and cell.execution_count is None, cell.source
+        assert set(cell.metadata) <= {"tags"}, cell.metadata
+        ast.parse(TransformerManager().transform_cell(cell.source))
+        assert len(cell.source.splitlines()) <= MAX_CELL_LINES, cell.source
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # Python 3.12, of ml_collections
+def test_settings_make_the_same_step_on_one_chip_and_on_eight():
+    runs = [from_config_dict(settings(chips)["config"]) for chips, _ in MACHINES]
+    assert [run.data.batch_size for run in runs] == [8, 8]
+    for (chips, _), run in zip(MACHINES, runs, strict=True):
+        assert run.mesh.data * run.optim.accumulate == 8 and run.mesh.data == chips
+        assert (run.model.quant, run.data.seq_len) == ("nf4", 2_048)
+
+
+@pytest.mark.slow
+def test_every_cell_runs_on_a_cpu(tmp_path):
+    variables = environment()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):
+            patch.setenv(name, variables[name])
+        patch.setenv("PYTHONPATH", str(ROOT))
+        book = nbformat.read(NOTEBOOK, as_version=4)
+        place = {"metadata": {"path": str(tmp_path)}}
+        nbclient.NotebookClient(book, timeout=900, resources=place).execute()
+    outputs = [out for cell in book.cells for out in cell.get("outputs", ())]
+    assert not [out for out in outputs if out.output_type == "error"]
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 6  # 3 of data, curve, 2
+    text = "".join(out.get("text", "") for out in outputs)
+    assert "tiny model" in text and "Does the image show the chest? -> " in text
+    (table,) = [
+        out.data["text/markdown"] for out in outputs if "text/markdown" in out.get("data", {})
+    ]
+    assert "| ci_low | ci_high |" in table and "| vqa_closed | accuracy | 458 |" in table
+    rows = [json.loads(line) for line in open(tmp_path / "runs/lora/metrics.jsonl")]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert losses[-1] < losses[0] / 2
+    assert (tmp_path / "lora_peft" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chips", "machine"), MACHINES)
+def test_7b_cells_fit_the_tpus_of_notebooks(chips, machine, tmp_path):
+    """Training, and decoding: an image with guidance, and the rows of the evaluation."""
+    config = settings(chips)["config"]
+    answer = plan(config, machine, tmp_path, decode="none")
+    assert answer["how"] == "compiled" and answer["peak_hbm_gib"] <= MAX_GIB, answer
+    print(f"{machine}: training {answer['peak_hbm_gib']} GiB")
+    one = topology.parse("v5e:1x1")  # generation uses one chip
+    config.mesh.update(data=1, fsdp=1, tp=1)
+    run = from_config_dict(config)
+    for mode, rows in (("image", 1), ("text", 4)):
+        program = plan_compile.decode(run, one, mode=mode, rows=rows, prompt=1_280)
+        answer = plan_compile.compile_(program, one)
+        assert answer["fits"] and answer["peak_hbm_gib"] <= MAX_GIB, answer
+        print(f"{mode}, {rows} rows: {answer['peak_hbm_gib']} GiB")
+
+
+@pytest.mark.slow
+def test_conversion_of_7b_is_within_the_memory_and_disk_of_a_notebook(tmp_path):
+    """A random 7B; RLIMIT_DATA is a hard limit on the memory that is private to the process."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import convert_7b
+
+    convert_7b.make(tmp_path / "meta", layers=32)
+    used = []
+
+    def watch() -> None:
+        while process.poll() is None:
+            files = [path for path in tmp_path.rglob("*") if path.is_file()]
+            used.append(sum(os.stat(path).st_blocks * 512 for path in files if path.exists()))
+            time.sleep(0.5)
+
+    words = ["--from", tmp_path / "meta", "--to", tmp_path / "nf4", "--format", "native"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medmax_jax.convert", *map(str, words), "--quant", "nf4"], cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY)),
+    )  # fmt: skip
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert process.wait() == 0
+    watcher.join()
+    print(f"disk, at most: {max(used) / 1e9:.1f} GB")
+    assert 14e9 < max(used) <= MAX_DISK
