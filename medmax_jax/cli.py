@@ -216,6 +216,8 @@ def open_workdir(
 class Stop:
     """Record SIGINT and SIGTERM, so that a loop can check for them after each step.
 
+    together: whether the hosts of a run stop at the same step; False: this process by itself.
+
     with Stop() as stop:
         while ... and not stop.poll(): ...      # "" or the signal's name
 
@@ -226,15 +228,16 @@ class Stop:
     same call, some calls later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, together: bool = True) -> None:
         self.requested = ""
+        self._hosts = jax.process_count() if together else 1
         self.activity = "this step"
         self._ends_process = not hasattr(sys, "ps1")  # which interactive sessions have
         self._calls = 0
         self._wakeup: tuple[int, int] | None = None  # the thread's pipe; the wakeup fd before it
 
     def __enter__(self) -> "Stop":
-        if jax.process_count() == 1:
+        if self._hosts == 1:
             handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._note)
             end, begin = os.pipe()
             os.set_blocking(begin, False)
@@ -247,7 +250,7 @@ class Stop:
 
     def poll(self) -> str:
         """Return the signal that this process, or any host of the run, has received so far."""
-        if jax.process_count() > 1 and not self.requested:
+        if self._hosts > 1 and not self.requested:
             self._calls += 1
             if multihost_utils.reached_preemption_sync_point(self._calls):
                 self.requested = "SIGTERM to a host"
@@ -255,7 +258,7 @@ class Stop:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: JAX's own
         if self._wakeup:
             begin, before = self._wakeup
             signal.set_wakeup_fd(before)
@@ -265,7 +268,7 @@ class Stop:
         """Handle a signal; Python runs this in the main thread, after a call of XLA has ended."""
         self.requested = signal.Signals(number).name
         for handled, before in self._before.items():
-            signal.signal(handled, signal.SIG_DFL if self._ends_process else before)
+            signal.signal(handled, not self._ends_process and before or signal.SIG_DFL)
 
     def _report(self, end: int) -> None:
         """Report signals from a thread, which runs while the main thread is inside of XLA."""
@@ -279,9 +282,7 @@ class Stop:
                 text = f"\n{name}: stopping after {self.activity}; repeat it to stop at once\n"
                 os.write(2, text.encode())  # not print: its buffer may be in use at this moment
             elif self._ends_process and time.monotonic() > first + 0.5:
-                os._exit(
-                    INTERRUPTED
-                )  # earlier, a forked process may have sent the same signal again
+                os._exit(INTERRUPTED)  # not earlier: a forked process may repeat the signal
         os.close(end)
 
 

@@ -5,7 +5,8 @@ python -m medmax_jax.generate --model=medmax_jax/tiny --adapter=medmax_jax/tiny_
 
 In --prompt, {a.png} inserts an image: "Is {a.png} older than {b.png}?". --prompts=F.jsonl reads
 many prompts, one per line: {"prompt": "..."} or
-{"prompt": [{"image": "a.png"}, {"text": "A CT?"}], "id": "7"}. The Python interface is
+{"prompt": [{"image": "a.png"}, {"text": "A CT?"}], "id": "7"}. Started on every host of a run, each
+answers a part of the prompts on its own devices (--out is shared). The Python interface is
 medmax_jax.generation; `generate` below is this program as a function.
 """
 
@@ -14,6 +15,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import PIL.Image
 from absl import flags
@@ -21,6 +23,7 @@ from ml_collections import ConfigDict
 
 from medmax_jax import cli, make_callable, sharding
 from medmax_jax.checkpoints import export
+from medmax_jax.checkpoints.manager import SHARE_TIMEOUT, barrier, first_host_first
 from medmax_jax.config import Mesh, Sample, build, to_dict
 from medmax_jax.configs import base
 from medmax_jax.generation import api, buckets, grammar, output_files, sampling_params
@@ -74,9 +77,8 @@ def generate(
         cache: the KV-cache dtype, "model" or "int8".
     """
     cli.skip_absent_tpu()
-    prompt_requests.require_single_process()
     settings = settings or base.get_config()
-    sample, mesh = build(Sample, settings.sample), sharding.make_mesh(build(Mesh, settings.mesh))
+    sample, mesh = build(Sample, settings.sample), sharding.local_mesh(build(Mesh, settings.mesh))
     asked = _read_prompts(prompts, images)
     sampling_params.check_sample(sample)
     buckets.batch_size_for(len(asked), rows)
@@ -92,7 +94,8 @@ def generate(
     request = to_dict(sample) | dict(mode=mode, end_of_turn=end_of_turn)
     request |= dict(model=os.fspath(model), adapter=os.fspath(adapter))
     output = output_files.OutputFolder(folder, asked, request)
-    todo = [i for i, prompt in enumerate(asked) if prompt.id not in output.records]
+    own = range(len(asked))[jax.process_index() :: jax.process_count()]
+    todo = [i for i in own if asked[i].id not in output.records]
     names = [
         prompt.id if prompt.named else name
         for prompt, name in zip(asked, prompt_requests.sample_names(tokens), strict=True)
@@ -102,7 +105,11 @@ def generate(
         names=[names[i] for i in todo], batch_size=rows, cache_dtype=cache,
     )  # fmt: skip
     _write_answers(g, [asked[i] for i in todo], answers, output, mode)
-    print(f"gallery: {output.gallery()}\n{output_files.NOTICE}")
+    barrier("all prompts are answered", SHARE_TIMEOUT)
+    with first_host_first("the answers are merged"):
+        output.merge()
+    if not jax.process_index():
+        print(f"gallery: {output.gallery()}\n{output_files.NOTICE}")
     return [_answer(output.records[prompt.id]["segments"], folder) for prompt in asked]
 
 
@@ -115,7 +122,7 @@ def _write_answers(
 ) -> None:
     """Write each answer when it is complete; raise Interrupted after a signal."""
     progress = ItemProgress(len(prompts), "answers", print, every=5.0)
-    with cli.Stop() as stop:
+    with cli.Stop(together=False) as stop:
         for batch, batch_tokens in report_waits(answers, WAITING, print):
             for index, answer in zip(batch, decode_segments(g, batch_tokens), strict=True):
                 record = output.add(prompts[index], answer, mode)

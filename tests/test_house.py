@@ -356,5 +356,16 @@ def test_nothing_names_a_machine():
         path = ROOT / name
         if path.is_dir():  # a link to a folder, whose files are listed themselves
             continue
-        if path.suffix in {".py", ".md", ".txt", ".toml", ".yaml", ".json", ".jsonl", ".ipynb", ".lock", ""}:
+        if path.suffix in {
+            ".py",
+            ".md",
+            ".txt",
+            ".toml",
+            ".yaml",
+            ".json",
+            ".jsonl",
+            ".ipynb",
+            ".lock",
+            "",
+        }:
             assert not bad.search(path.read_text(errors="replace")), name

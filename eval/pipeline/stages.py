@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from medmax_jax import cli
+from medmax_jax.checkpoints.manager import SHARE_TIMEOUT, barrier, first_host_first
 from medmax_jax.config import fingerprint, to_dict
 from medmax_jax.data.records.reader import open_records
 from medmax_jax.eval.config import EvalError, Settings
@@ -58,6 +59,7 @@ class EvalRun:
     eval_set: EvalSet
     loaded: loading.LoadedModel
     shard: Shard
+    hosts: bool  # the shards are those of the hosts of one run, which its first one merges
     progress: Callable[[str], None]
     stopped: Callable[[], bool]
     facts: dict[str, str]
@@ -109,11 +111,16 @@ def run(
 ) -> dict[str, Any] | None:
     """Run the complete evaluation and return the content of summary.json.
 
-    Returns None after one shard or a dry run.
+    Returns None after one shard or a dry run, and on all but the first of several hosts: each runs
+    the model on its shard with its own devices, and the first one scores all of them.
 
     model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0.
     """
     eval_set, part = load_eval_set(settings), Shard.of(shard)
+    if (hosts := jax.process_count()) > 1:
+        if shard:
+            raise EvalError(f"--shard is {shard!r}; omit it, {hosts} hosts divide the items")
+        part = Shard(index=jax.process_index(), count=hosts)
     if not dry_run:  # before a checkpoint is converted or its weights are read
         judging.check_judge(settings.judge, eval_set.items, Path(workdir))
         with _file_modes(eval_set):
@@ -121,7 +128,8 @@ def run(
             cli.open_workdir(workdir, own="records.jsonl")
     if not model:  # config.adapter belongs to config.model
         model, adapter = settings.model, adapter or settings.adapter
-    spec = loading.parse_model_spec(model, adapter, merge, settings, progress=progress)
+    with first_host_first("the model is converted"):
+        spec = loading.parse_model_spec(model, adapter, merge, settings, progress=progress)
     workdir = Path(workdir)
     return run_named(
         settings,
@@ -221,6 +229,7 @@ def _run_named(
     with report_waiting("loading the model", progress):
         loaded = load()
     run = EvalRun(
+        hosts=shard.count > 1 and jax.process_count() == shard.count,
         settings=settings,
         workdir=workdir,
         eval_set=eval_set,
@@ -239,6 +248,12 @@ def _run_named(
 def _stages(run: EvalRun) -> dict[str, Any] | None:
     records = run_inference(run)
     probed = run_probes(run)
+    if run.hosts:
+        barrier("all shards are complete", SHARE_TIMEOUT)
+        with first_host_first("the report is written"):
+            if run.shard.index:
+                return None
+            return _stages(dataclasses.replace(run, shard=WHOLE, hosts=False))
     if run.shard.count > 1:
         run.progress(
             f"shard {run.shard} is complete; rerun without --shard to score all shards together"

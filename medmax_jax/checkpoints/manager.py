@@ -14,6 +14,7 @@ removes old ones. Older steps are removed only when a newer one is committed. Th
 local or mounted file system.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from medmax_jax.checkpoints import checksums, safetensors_file
 from medmax_jax.io.storage import Folder
 
 PEER_TIMEOUT = 600.0  # seconds that hosts wait for each other's files of a step
+SHARE_TIMEOUT = 7 * 86_400.0  # of hosts that divide work among them; a host that died ends it
 
 
 class CheckpointError(RuntimeError):
@@ -247,7 +249,7 @@ def _steps(folder: pathlib.Path) -> list[int]:
     return [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
 
 
-def barrier(name: str) -> None:
+def barrier(name: str, timeout: float = PEER_TIMEOUT) -> None:
     """Synchronize all hosts through the coordinator; each name is used once.
 
     It is used after a compilation, whose duration differs: Gloo gives the peers of the first
@@ -255,7 +257,17 @@ def barrier(name: str) -> None:
     """
     if jax.process_count() > 1:
         processes = set(range(jax.process_count()))
-        multihost.sync_global_processes(name, processes=processes, timeout=int(PEER_TIMEOUT))
+        multihost.sync_global_processes(name, processes=processes, timeout=int(timeout))
+
+
+@contextlib.contextmanager
+def first_host_first(name: str) -> Iterator[None]:
+    """Run the block on the first host, and afterwards on the others; each name is used once."""
+    if jax.process_index():
+        barrier(name, SHARE_TIMEOUT)
+    yield
+    if not jax.process_index():
+        barrier(name, SHARE_TIMEOUT)
 
 
 def _await(condition: Callable[[], bool], what: str) -> None:
