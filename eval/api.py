@@ -65,6 +65,16 @@ def evaluate(
         eval_set = selection.EvalSet(
             items=list(tasks), train=[], training_images=[], folder=Path(images)
         )
+    return _evaluate_object(model, settings, eval_set, workdir, progress)
+
+
+def _evaluate_object(
+    model: base.Model,
+    settings: Settings,
+    eval_set: selection.EvalSet,
+    workdir: str | Path,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
     judging.check_judge(settings.judge, eval_set.items, Path(workdir))
     model_class = type(model)
     name = getattr(model, "name", f"{model_class.__module__}.{model_class.__qualname__}")

@@ -105,11 +105,7 @@ def generate(
         names=[names[i] for i in todo], batch_size=rows, cache_dtype=cache,
     )  # fmt: skip
     _write_answers(g, [asked[i] for i in todo], answers, output, mode)
-    barrier("all prompts are answered", SHARE_TIMEOUT)
-    with first_host_first("the answers are merged"):
-        output.merge()
-    if not jax.process_index():
-        print(f"gallery: {output.gallery()}\n{output_files.NOTICE}")
+    _merge(output)
     return [_answer(output.records[prompt.id]["segments"], folder) for prompt in asked]
 
 
@@ -131,6 +127,15 @@ def _write_answers(
             progress.tick("generate", len(batch))
             if stop.requested:
                 raise cli.Interrupted("interrupted; run the same command to resume")
+
+
+def _merge(output: output_files.OutputFolder) -> None:
+    """Wait until all hosts have answered; the first one merges and writes the gallery."""
+    barrier("all prompts are answered", SHARE_TIMEOUT)
+    with first_host_first("the answers are merged"):
+        output.merge()
+    if not jax.process_index():
+        print(f"gallery: {output.gallery()}\n{output_files.NOTICE}")
 
 
 def _answer(segments: Sequence[dict[str, str]], folder: Path) -> Answer:

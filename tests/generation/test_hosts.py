@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -79,6 +80,8 @@ def test_generation_of_two_hosts_is_that_of_one(tmp_path):
     kill_second([*words, str(two)], two / "answers.host_1_of_2.jsonl")
     first, second = finish(start([*words, str(two)]))
     assert "gallery: " in first and "gallery: " not in second
+    answered = [set(re.findall(r"-> (\d+_0\.png)", output)) for output in (first, second)]
+    assert all(answered) and not set.intersection(*answered)
     assert records(two / "answers.jsonl") == records(tmp_path / "one" / "answers.jsonl")
     images = [{p.name: p.read_bytes() for p in f.glob("*.png")} for f in (two, tmp_path / "one")]
     assert images[0] == images[1] and len(images[0]) == ITEMS
@@ -102,10 +105,9 @@ def test_evaluation_of_two_hosts_is_that_of_one(tmp_path):
     same = ("scores", "floors", "baselines", "probes", "fingerprints", "settings", "errors")
     for name in (*same, "modality_ceiling"):
         assert summaries[0][name] == summaries[1][name], name
-    together = {}
-    for path in two.glob("records*.jsonl"):
-        together |= records(path)
-    assert together == records(tmp_path / "one" / "records.jsonl")
+    parts = [records(path) for path in sorted(two.glob("records.shard_*.jsonl"))]
+    assert len(parts) == 2 and not parts[0].keys() & parts[1].keys()
+    assert parts[0] | parts[1] == records(tmp_path / "one" / "records.jsonl")
 
 
 def test_a_part_is_refused_with_several_hosts_and_a_mesh_of_all(monkeypatch, tmp_path):
