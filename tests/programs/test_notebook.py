@@ -81,7 +81,8 @@ def test_every_cell_runs_on_a_cpu(tmp_path):
         out.data["text/markdown"] for out in outputs if "text/markdown" in out.get("data", {})
     ]
     assert "| ci_low | ci_high |" in table and "| vqa_closed | accuracy | 458 |" in table
-    rows = [json.loads(line) for line in open(tmp_path / "runs/lora/metrics.jsonl")]
+    lines = (tmp_path / "runs/lora/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     assert losses[-1] < losses[0] / 2
     assert (tmp_path / "lora_peft" / "adapter_config.json").exists()
