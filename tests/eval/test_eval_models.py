@@ -480,3 +480,22 @@ def test_the_folder_of_a_training_run_is_an_adapter(tmp_path):
         (tmp_path / "adapter" / name).write_text("{}")
     resolved = loading.parse_model_spec(*spec, progress=print)
     assert resolved.adapter == str(tmp_path / "adapter") and resolved.adapter_digest
+
+
+def test_evaluate_takes_the_name_of_a_model(tmp_path):
+    """As --model has it: the same scores as from the program's own function."""
+
+    class Silent:
+        def generate(self, requests):
+            return []
+
+    items, chosen = write_items(tmp_path / "data"), dict(probes="", options=False, window=8)
+    chosen |= dict(baselines="constant", resamples=2_000)
+    named = evaluate("baseline:random", items, tmp_path / "named", **chosen)
+    assert named["scores"] == run(items, tmp_path / "program", "baseline:random")["scores"]
+    with pytest.raises(EvalError, match="name the model as KIND:WHERE and the items by their file"):
+        evaluate("baseline:random", [], tmp_path / "out")
+    with pytest.raises(EvalError, match="with a list of items or an adapter"):
+        evaluate(Silent(), items, tmp_path / "out", adapter="runs/lora")
+    with pytest.raises(EvalError, match=r"requires a method generate\(requests\)"):
+        evaluate(None, items, tmp_path / "out")

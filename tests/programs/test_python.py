@@ -61,7 +61,9 @@ class Mine:
     def generate(self, requests):
         return ["yes" for request in requests]
 
-print("scores", len(evaluate(Mine(), "sample", "evaluation")["scores"]))
+counts = dict.fromkeys(("vqa_mcq", "vqa_open", "captioning", "image_generation", "multimodal"), 0)
+chosen = dict(counts=counts | {"vqa_closed": 8}, baselines="constant", probes="", options=False)
+print("scores", len(evaluate(Mine(), "sample", "evaluation", **chosen)["scores"]))
 for call in (
     lambda: train(load_config("micro.py", fields | {"data.train": "none"}), "run"),
     lambda: plan(settings, "v5e:9", "plans"),
