@@ -4,16 +4,19 @@ import ast
 import json
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
 import threading
 import time
 
+import micro_run
 import nbclient
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from jupyter_client.manager import start_new_kernel
 from run_setup import environment
 
 from medmax_jax import plan
@@ -27,6 +30,11 @@ MAX_CELL_LINES = 20
 MAX_GIB = 15.0  # of the 15.75 GiB that a program may use on a v5e
 MACHINES = ((1, "v5e:1x1"), (8, "v5e:2x4"))  # Colab's, Kaggle's
 MAX_MEMORY, MAX_DISK = 12 * 10**9, 40 * 10**9
+TRAIN = """
+from medmax_jax import load_config, train
+config = load_config("micro.py", {"data.train": "micro", "train.steps": 10_000})
+train(config, "run")
+"""
 
 
 def cells(kind: str) -> list[nbformat.NotebookNode]:
@@ -86,6 +94,32 @@ def test_every_cell_runs_on_a_cpu(tmp_path):
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     assert losses[-1] < losses[0] / 2
     assert (tmp_path / "lora_peft" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_interrupt_of_a_kernel_saves_and_the_cell_resumes(tmp_path):
+    """Twice, in one kernel, which goes on; SIGINT is what a notebook's interrupt sends."""
+    micro_run.write(tmp_path / "micro")
+    (tmp_path / "micro.py").write_text("from micro_run import settings as get_config\n")
+    variables = environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"}
+    manager, client = start_new_kernel(env=variables, cwd=str(tmp_path))
+    log = tmp_path / "run" / "train.log"
+    try:
+        for start in ("starting a run of 10000", "resuming after step"):
+            client.execute(TRAIN)
+            while not (
+                log.exists() and re.search(rf"{start}.*\nstep \d+0/", log.read_text(), re.S)
+            ):
+                time.sleep(0.1)
+            manager.interrupt_kernel()
+            reply = client.get_shell_msg(timeout=120)["content"]
+            assert (reply["status"], reply["ename"]) == ("error", "Interrupted"), reply
+            assert "checkpoint saved; run the same command again" in reply["evalue"]
+        client.execute("1 + 1")
+        assert client.get_shell_msg(timeout=60)["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 @pytest.mark.slow
