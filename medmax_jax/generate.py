@@ -28,11 +28,18 @@ from medmax_jax.config import Mesh, Sample, build, to_dict
 from medmax_jax.configs import base
 from medmax_jax.generation import api, buckets, grammar, output_files, sampling_params
 from medmax_jax.generation import requests as prompt_requests
-from medmax_jax.generation.model_bundle import ModelBundle, decode_segments, load, prompt_tokens
+from medmax_jax.generation.model_bundle import (
+    MAX_PIXELS,
+    ModelBundle,
+    decode_segments,
+    load,
+    prompt_tokens,
+)
 from medmax_jax.generation.requests import GenerateError
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.progress import ItemProgress, report_waiting, report_waits
 from medmax_jax.io.storage import StorageError
+from medmax_jax.models import images as model_images
 from medmax_jax.models import kv_cache
 
 WAITING = "waiting for answers; the first ones include the compilation"
@@ -41,10 +48,15 @@ ERRORS = (ValueError, OSError, StorageError, export.ExportError)  # raised while
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Holds the answer to a prompt: its text, and the images that were generated."""
+    """Holds the answer to a prompt: its text, and the files of the generated images."""
 
     text: str
-    images: tuple[PIL.Image.Image, ...]
+    files: tuple[Path, ...]
+
+    @property
+    def images(self) -> list[PIL.Image.Image]:
+        """Return the generated images, read from their files."""
+        return [model_images.load(file, max_pixels=MAX_PIXELS) for file in self.files]
 
 
 def generate(
@@ -139,13 +151,9 @@ def _merge(output: output_files.OutputFolder) -> None:
 
 
 def _answer(segments: Sequence[dict[str, str]], folder: Path) -> Answer:
-    images = []
-    for segment in segments:
-        if "image" in segment:
-            with PIL.Image.open(folder / segment["image"]) as image:
-                images.append(image.copy())
     text = "".join(segment.get("text", "") for segment in segments)
-    return Answer(text=text, images=tuple(images))
+    files = tuple(folder / segment["image"] for segment in segments if "image" in segment)
+    return Answer(text=text, files=files)
 
 
 def _read_prompts(
