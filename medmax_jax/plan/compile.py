@@ -12,13 +12,13 @@ memory, that is an answer too. What each device holds at the peak of the step:
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from medmax_jax import sharding
@@ -211,12 +211,11 @@ def _key(run: Run) -> jax.ShapeDtypeStruct:
 def _bytes(tree: Any) -> int:
     """Return the bytes of one device's shards."""
     return sum(
-        np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
-def _gib(size: float) -> float:
+def _gib(size: int | float) -> float:
     return round(float(size) / GIB, 3)
 
 
