@@ -45,7 +45,7 @@ exec({book}, names)
 config = names["config"]
 print(json.dumps(plan(config, "{machine}", "plans", decode="none")))
 if {chips} == 1:
-    machine, run = topology.parse("{machine}"), from_config_dict(config)
+    machine, run = topology.parse("{machine}", slices=1), from_config_dict(config)
     for mode, rows in (("image", 1), ("text", 4)):
         program = plan_compile.decode(run, machine, mode=mode, rows=rows, prompt=1_280)
         print(json.dumps(plan_compile.compile_(program, machine)))
