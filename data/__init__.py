@@ -12,7 +12,15 @@ tfds_builders  Convert folders of records to a TensorFlow data set, written and 
 
 import importlib
 import sys
+from typing import Any
 
 if __name__ == "data":
     # `python -m data.PROGRAM` in a checkout: no module is loaded under two names.
     sys.modules[__name__] = importlib.import_module("medmax_jax.data")
+
+
+def __getattr__(name: str) -> Any:
+    """Import `prepare_sample` when it is first used: training needs the loader alone."""
+    if name == "prepare_sample":
+        return importlib.import_module("medmax_jax.data.prepare").prepare_sample
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

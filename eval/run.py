@@ -8,7 +8,9 @@
     hf://ORG/NAME       the same as hf:hf://ORG/NAME; A, FOLDER and FILE may be such names
 
 Evaluates one model and writes records.jsonl, summary.json, report.html and the other files of a
-workdir (listed in docs/guides/eval.md); after an interruption, the same command resumes.
+workdir (listed in docs/guides/eval.md); after an interruption, the same command resumes. Started on
+every host of a run (docs/guides/launch.md), each runs a part on its own devices, and the first one
+scores all parts.
 --dry_run reports the requests and the cost, and stops. --shard=i/n runs one part; without --shard
 all parts are scored together. --export_items=FILE writes the items without their references, for
 programs that write the answers of predictions:FILE, and stops.
@@ -48,7 +50,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     if out := flags.FLAGS.export_items:
         log.info(f"{stages.export_items(settings, out)} items: {out}")
         return
-    with cli.Stop() as stop:
+    with cli.Stop(together=False) as stop:
 
         def progress(line: str) -> None:
             log.info(line)

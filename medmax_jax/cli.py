@@ -42,7 +42,7 @@ MIN_COMPILE_SECONDS = 0.1  # of a program that is cached
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
 
-class Interrupted(RuntimeError):
+class Interrupted(KeyboardInterrupt):
     """Raised when a signal stopped the program in a state from which the same command resumes."""
 
 
@@ -91,7 +91,7 @@ def run(
             main(settings.value, target.value)
         except ConfigError as error:
             return _fail(error, USAGE)
-        except (Interrupted, KeyboardInterrupt) as error:
+        except KeyboardInterrupt as error:
             print(printable_text(str(error)) or STOPPED, file=sys.stderr, flush=True)
             return INTERRUPTED
         except (*errors, StorageError) as error:
@@ -196,19 +196,24 @@ def open_workdir(
     own: str = "",
     skip: Sequence[str] = (),
     writer: str = "",
+    shared: bool = False,
 ) -> Iterator[Workdir]:
     """Open the folder that a program writes, local or gs://; see medmax_jax/storage/workdir.py.
 
     own: the file of CONTENTS that the program writes; a folder with another one is refused. In a
-    run of several hosts the first one writes, the others get an empty folder of a gs:// path.
+    run of several hosts the first one writes, and the others get an empty folder of a gs:// path;
+    shared: each of them writes files of its own.
 
     Raises WorkdirError where no file can be created, StorageError where a bucket cannot be used.
     """
     with contextlib.ExitStack() as stack:
         # JAX is asked for a bucket only: the question initializes it.
-        first = not os.fspath(path).startswith("gs://") or jax.process_index() == 0
+        mode, own_process = "write", 0
+        if os.fspath(path).startswith("gs://"):
+            own_process = jax.process_index()
+            mode = "empty" if own_process and not shared else "write"
+        writer = writer or (f"host-{own_process}" if own_process else "")
         try:
-            mode = "write" if first else "empty"
             work = stack.enter_context(workdir.opened(path, mode=mode, skip=skip, writer=writer))
             with tempfile.TemporaryFile(dir=work.folder):
                 pass
@@ -225,23 +230,28 @@ def open_workdir(
 class Stop:
     """Record SIGINT and SIGTERM, so that a loop can check for them after each step.
 
+    together: whether the hosts of a run stop at the same step; False: this process by itself.
+
     with Stop() as stop:
         while ... and not stop.poll(): ...      # "" or the signal's name
 
     A thread reports the first signal at once, also while the program compiles, and `activity`: what
-    the program finishes first. A second signal ends the process at once. In a run of several hosts,
-    each must call `poll` equally often: JAX catches the SIGTERM of any host and reports it to all
-    hosts at the same call, some calls later.
+    the program finishes first. A second signal ends the process at once; in an interactive session,
+    such as a notebook, it raises KeyboardInterrupt. In a run of several hosts, each must call
+    `poll` equally often: JAX catches the SIGTERM of any host and reports it to all hosts at the
+    same call, some calls later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, together: bool = True) -> None:
         self.requested = ""
+        self._hosts = jax.process_count() if together else 1
         self.activity = "this step"
+        self._ends_process = not hasattr(sys, "ps1")  # which interactive sessions have
         self._calls = 0
         self._wakeup: tuple[int, int] | None = None  # the thread's pipe; the wakeup fd before it
 
     def __enter__(self) -> "Stop":
-        if jax.process_count() == 1:
+        if self._hosts == 1:
             handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._note)
             end, begin = os.pipe()
             os.set_blocking(begin, False)
@@ -254,7 +264,7 @@ class Stop:
 
     def poll(self) -> str:
         """Return the signal that this process, or any host of the run, has received so far."""
-        if jax.process_count() > 1 and not self.requested:
+        if self._hosts > 1 and not self.requested:
             self._calls += 1
             if multihost_utils.reached_preemption_sync_point(self._calls):
                 self.requested = "SIGTERM to a host"
@@ -262,7 +272,7 @@ class Stop:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: JAX's own
         if self._wakeup:
             begin, before = self._wakeup
             signal.set_wakeup_fd(before)
@@ -271,8 +281,8 @@ class Stop:
     def _note(self, number: int, _: object) -> None:
         """Handle a signal; Python runs this in the main thread, after a call of XLA has ended."""
         self.requested = signal.Signals(number).name
-        for handled in self._before:
-            signal.signal(handled, signal.SIG_DFL)
+        for handled, before in self._before.items():
+            signal.signal(handled, not self._ends_process and before or signal.SIG_DFL)
 
     def _report(self, end: int) -> None:
         """Report signals from a thread, which runs while the main thread is inside of XLA."""
@@ -285,8 +295,8 @@ class Stop:
                 name = signal.Signals(number[0]).name
                 text = f"\n{name}: stopping after {self.activity}; repeat it to stop at once\n"
                 os.write(2, text.encode())  # not print: its buffer may be in use at this moment
-            elif time.monotonic() > first + 0.5:  # a forked process may send the same signal again
-                os._exit(INTERRUPTED)
+            elif self._ends_process and time.monotonic() > first + 0.5:
+                os._exit(INTERRUPTED)  # not earlier: a forked process may repeat the signal
         os.close(end)
 
 
@@ -377,11 +387,32 @@ def read_config(argv: Sequence[str], *, overrides: bool = True) -> ConfigDict | 
     return values.config
 
 
+def load_config(
+    path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
+) -> ConfigDict:
+    """Return the config of a file with some fields set, as --config and --config.FIELD=VALUE do.
+
+    load_config("configs/tiny.py", {"optim.peak_lr": 1e-3}): where configs/tiny.py is no file, it is
+    that of the package. Raises ConfigError with the message of the command line.
+    """
+    words = [f"--config.{field}={value}" for field, value in (overrides or {}).items()]
+    argv = with_shipped_config(["medmax_jax", f"--config={os.fspath(path)}", *words])
+    try:
+        config = read_config(argv)
+        assert config is not None
+        config.to_dict()  # a file that failed to load raises when it is first used
+    except Exception as error:  # noqa: BLE001  the file is Python: it can raise anything
+        raise ConfigError(explain_config_error(argv, error)) from error
+    return config
+
+
 def explain_config_error(argv: Sequence[str], error: Exception) -> str:
     """Return which argument the config rejected: its error names only one part of the path."""
     path = pathlib.Path(_config_argument(argv))
     if not path.is_file():
-        near = arguments.nearest(path.stem, [p.stem for p in path.parent.glob("*.py")])
+        folders = path.parent, pathlib.Path(__file__).parent / path.parent
+        stems = [p.stem for folder in folders for p in sorted(folder.glob("*.py"))]
+        near = arguments.nearest(path.stem, stems)
         hint = f"did you mean {path.with_name(near + '.py')}?" if near else "configs/ has the files"
         return f"--config={path}: no such file; {hint}"
     try:

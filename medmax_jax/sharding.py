@@ -45,6 +45,7 @@ def make_mesh(config: Mesh, devices: Sequence[Any] | None = None) -> jax.shardin
     if min(shape) < 1:
         raise ValueError(f"config.mesh is {config}; every axis must be at least 1")
     need = config.data * config.fsdp * config.tp
+    everywhere = devices is None
     devices = jax.devices() if devices is None else devices
     requirement = (
         f"config.mesh requires data x fsdp x tp = {' x '.join(map(str, shape))} = {need} devices"
@@ -53,12 +54,17 @@ def make_mesh(config: Mesh, devices: Sequence[Any] | None = None) -> jax.shardin
         raise ValueError(
             f"{requirement}, but there are {len(devices)} ({devices[0].platform}); reduce an axis"
         )
-    if jax.process_count() > 1 and need != len(devices):
+    if everywhere and jax.process_count() > 1 and need != len(devices):
         # a host without a device in the mesh could not join the collectives of the others
         raise ValueError(
             f"{requirement}, but {jax.process_count()} hosts have {len(devices)}; use all of them"
         )
     return jax.sharding.Mesh(_arrange(shape, devices[:need]), AXES, (AxisType.Explicit,) * 3)
+
+
+def local_mesh(config: Mesh) -> jax.sharding.Mesh:
+    """Return the mesh over devices of this host alone, for work that hosts divide among them."""
+    return make_mesh(config, jax.local_devices())
 
 
 def _arrange(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:

@@ -17,10 +17,11 @@ no files; it reads the records.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from medmax_jax import cli, config
+from medmax_jax import cli, config, make_callable
 from medmax_jax.checkpoints import export, safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
 from medmax_jax.data import loader
@@ -51,6 +52,55 @@ ERRORS = (
     TrainError, cli.WorkdirError, RecordsError, PackError, CheckpointError, StorageError,
     export.ExportError, safetensors_file.WeightsError, log_writer.TrackingError, OSError,
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Holds the result of a complete run."""
+
+    step: int  # the last one
+    loss: float  # of the last report
+    metrics: str  # path of metrics.jsonl, local or gs://, as the others
+    export: str  # the folder of the adapter, or of the model
+    workdir: str
+
+
+def train(
+    settings: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    extend: bool = False,
+    profile: tuple[int, int] | None = None,
+    wandb: str = "",
+    listed_hosts: Sequence[str] = (),
+    on_metrics: Callable[[int, dict[str, float]], None] | None = None,
+) -> TrainResult:
+    """Train to the end and export, as the program does.
+
+    Ctrl-C raises KeyboardInterrupt, once the step in progress is complete and a checkpoint is
+    saved; the same call resumes from there.
+
+    Args:
+        settings: the config, from `medmax_jax.load_config`.
+        workdir: the folder of the run.
+        extend: resume with a larger train.steps than the checkpoint has.
+        profile: the first and the last step of an xprof trace.
+        wandb: the Weights & Biases project that receives the metrics.
+        listed_hosts: host:port that may receive metrics of credentialed data.
+        on_metrics: a function that is called with the step and the metrics by name, such as
+            train/loss, whenever metrics are written.
+    """
+    cli.skip_absent_tpu()
+    options = setup.Options(
+        extend=extend, profile=profile, wandb=wandb, listed_hosts=tuple(listed_hosts),
+        on_metrics=on_metrics,
+    )  # fmt: skip
+    last = run(config.from_config_dict(settings), workdir, options)
+    folder = os.fspath(workdir).rstrip("/")
+    return TrainResult(
+        step=last["step"], loss=last["loss"], metrics=f"{folder}/metrics.jsonl",
+        export=last["export"], workdir=folder,
+    )  # fmt: skip
 
 
 def main(settings: ConfigDict, workdir: str) -> None:
@@ -95,8 +145,8 @@ def run(
 
         # ---- log
         meta = setup.run_metadata(run, train_data)
-        wandb_sink = _wandb_sink(run, options, folder, meta, stack)
-        writer = log_writer.MetricWriter(str(folder), wandb_sink)
+        sinks = [options.on_metrics, _wandb_sink(run, options, folder, meta, stack)]
+        writer = log_writer.MetricWriter(str(folder), [sink for sink in sinks if sink])
         stack.callback(writer.close)
 
         # ---- model
@@ -331,6 +381,8 @@ def _wandb_sink(
     stack.callback(close)
     return send
 
+
+make_callable(__name__)
 
 # ---- The program ----
 

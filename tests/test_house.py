@@ -71,9 +71,14 @@ def modules() -> dict[str, pathlib.Path]:
 
 
 def imports(path: pathlib.Path) -> set[str]:
-    """Names of the project's own modules that a file imports, lazily or not."""
-    known, names = modules(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Own modules that a file imports, lazily or not, without imports for types alone."""
+    known, names, tree = modules(), set(), ast.parse(path.read_text())
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If)]
+    typing = [b for b in blocks if isinstance(b.test, ast.Name) and b.test.id == "TYPE_CHECKING"]
+    unused = {id(node) for block in typing for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in unused:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -353,5 +358,16 @@ def test_nothing_names_a_machine():
         path = ROOT / name
         if path.is_dir():  # a link to a folder, whose files are listed themselves
             continue
-        if path.suffix in {".py", ".md", ".txt", ".toml", ".yaml", ".json", ".jsonl", ".lock", ""}:
+        if path.suffix in {
+            ".py",
+            ".md",
+            ".txt",
+            ".toml",
+            ".yaml",
+            ".json",
+            ".jsonl",
+            ".ipynb",
+            ".lock",
+            "",
+        }:
             assert not bad.search(path.read_text(errors="replace")), name

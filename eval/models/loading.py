@@ -27,9 +27,9 @@ from medmax_jax.eval.models.base import ModalityClassifier
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks.selection import EvalSet, Shard
-from medmax_jax.generation import model_bundle, requests
+from medmax_jax.generation import model_bundle
 from medmax_jax.io.journal import open_journal
-from medmax_jax.sharding import make_mesh
+from medmax_jax.sharding import local_mesh
 from medmax_jax.storage import hub
 from medmax_jax.storage.folder import Folder
 
@@ -115,7 +115,6 @@ def parse_model_spec(
     folder, adapter_digest = "", ""
     match kind:
         case "native" | "hf":
-            requests.require_single_process()  # before a conversion or a mesh is started
             tuned = Folder(found := model_bundle.adapter_folder(adapter)) if adapter else None
             if tuned and not adapter.startswith("gs://"):
                 adapter = hub.origin(found)
@@ -209,7 +208,7 @@ def _native(spec: ModelSpec, settings: Settings, eval_set: EvalSet) -> LoadedMod
         spec.folder,
         adapter=spec.adapter or None,
         merge=spec.merge,
-        mesh=make_mesh(settings.mesh),
+        mesh=local_mesh(settings.mesh),
     )
     model = base.NativeModel(
         generator,

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from medmax_jax import cli
+from medmax_jax.checkpoints.manager import SHARE_TIMEOUT, barrier, first_host_first
 from medmax_jax.config import fingerprint, to_dict
 from medmax_jax.data.records.reader import open_records
 from medmax_jax.environment import environment
@@ -46,6 +47,7 @@ from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.storage import hub
 from medmax_jax.storage.atomic_folder import private_umask
+from medmax_jax.storage.workdir import Workdir
 
 SWAPPED = "the same model, shown an image of another group: the effect of the image"
 
@@ -55,13 +57,19 @@ class EvalRun:
     """Holds what the stages share. `loaded`: the model with its generator, if it has one."""
 
     settings: Settings
-    workdir: Path
+    work: Workdir
     eval_set: EvalSet
     loaded: loading.LoadedModel
     shard: Shard
+    hosts: bool  # the shards are those of the hosts of one run, which its first one merges
     progress: Callable[[str], None]
     stopped: Callable[[], bool]
     facts: dict[str, str]
+
+    @property
+    def workdir(self) -> Path:
+        """Return the local folder of the results."""
+        return self.work.folder
 
     @property
     def resampling(self) -> intervals.Resampling:
@@ -110,25 +118,31 @@ def run(
 ) -> dict[str, Any] | None:
     """Run the complete evaluation and return the content of summary.json.
 
-    Returns None after one shard or a dry run.
+    Returns None after one shard or a dry run, and on all but the first of several hosts: each runs
+    the model on its shard with its own devices, and the first one scores all of them.
 
     model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0.
     """
     settings = pinned(settings)
     eval_set, part = load_eval_set(settings), Shard.of(shard)
+    if (hosts := jax.process_count()) > 1:
+        if shard:
+            raise EvalError(f"--shard is {shard!r}; omit it, {hosts} hosts divide the items")
+        part = Shard(index=jax.process_index(), count=hosts)
     # Before a checkpoint is converted or its weights are read: work that could not be stored.
-    with open_workdir(workdir, eval_set, part, dry_run=dry_run) as folder:
+    with open_workdir(workdir, eval_set, part, dry_run=dry_run) as work:
         if not dry_run:
-            judging.check_judge(settings.judge, eval_set.items, folder)
+            judging.check_judge(settings.judge, eval_set.items, work.folder)
         if not model:  # config.adapter belongs to config.model
             model, adapter = settings.model, adapter or settings.adapter
-        spec = loading.parse_model_spec(model, adapter, merge, settings, progress=progress)
+        with first_host_first("the model is converted"):
+            spec = loading.parse_model_spec(model, adapter, merge, settings, progress=progress)
         return run_named(
             settings,
-            folder,
+            work,
             eval_set=eval_set,
             spec=spec,
-            load=lambda: loading.load_model(spec, settings, eval_set, folder, part, stopped),
+            load=lambda: loading.load_model(spec, settings, eval_set, work.folder, part, stopped),
             shard=part,
             dry_run=dry_run,
             progress=progress,
@@ -139,14 +153,17 @@ def run(
 @contextlib.contextmanager
 def open_workdir(
     workdir: str | Path, eval_set: EvalSet, shard: Shard = WHOLE, *, dry_run: bool = False
-) -> Iterator[Path]:
+) -> Iterator[Workdir]:
     """Open the folder of an evaluation, local or gs://; a dry run creates no local one."""
     if dry_run and not str(workdir).startswith("gs://"):
-        yield Path(workdir)
+        yield Workdir(str(workdir), Path(workdir))
         return
     writer = f"shard-{shard.index}-of-{shard.count}" if shard.count > 1 else ""
-    with _file_modes(eval_set), cli.open_workdir(workdir, own="records.jsonl", writer=writer) as w:
-        yield w.folder
+    with (
+        _file_modes(eval_set),
+        cli.open_workdir(workdir, own="records.jsonl", writer=writer, shared=True) as w,
+    ):
+        yield w
 
 
 def export_items(settings: Settings, out: str | Path) -> int:
@@ -167,7 +184,7 @@ def export_items(settings: Settings, out: str | Path) -> int:
 
 def run_named(
     settings: Settings,
-    workdir: Path,
+    work: Workdir,
     *,
     eval_set: EvalSet,
     spec: loading.ModelSpec,
@@ -179,14 +196,14 @@ def run_named(
 ) -> dict[str, Any] | None:
     """Run an evaluation of given items and a given model; see `run`.
 
-    `workdir` is one that `open_workdir` opened. `load` is called once everything is checked and
+    `work` is one that `open_workdir` opened. `load` is called once everything is checked and
     reported. With a credentialed item among the
     items only the owner can read the workdir: mode 0700, its files 0600.
     """
     with _file_modes(eval_set):
         return _run_named(
             settings,
-            workdir,
+            work,
             eval_set=eval_set,
             spec=spec,
             load=load,
@@ -207,7 +224,7 @@ def _file_modes(eval_set: EvalSet) -> contextlib.AbstractContextManager[None]:
 
 def _run_named(
     settings: Settings,
-    workdir: Path,
+    work: Workdir,
     *,
     eval_set: EvalSet,
     spec: loading.ModelSpec,
@@ -221,11 +238,11 @@ def _run_named(
     check_prompts(eval_set)
     check_later_stages(settings, eval_set, spec)
     intervals.Resampling(settings.seed, settings.resamples)  # raises for too few resamples
-    plan_inputs = (settings, eval_set, spec, workdir, shard)
+    plan_inputs = (settings, eval_set, spec, work.folder, shard)
     limited = settings.service.max_usd is not None
     if not dry_run and not limited:
         cost_estimate.check_endpoint(*plan_inputs)
-    facts = check_workdir(workdir, settings, spec, eval_set, write=not dry_run)
+    facts = check_workdir(work.folder, settings, spec, eval_set, write=not dry_run)
     estimate = cost_estimate.estimate_cost(*plan_inputs)
     if not dry_run and limited:  # no connection is opened before the price is known to be allowed
         cost_estimate.check_endpoint(*plan_inputs)
@@ -235,8 +252,9 @@ def _run_named(
     with report_waiting("loading the model", progress):
         loaded = load()
     run = EvalRun(
+        hosts=shard.count > 1 and jax.process_count() == shard.count,
         settings=settings,
-        workdir=workdir,
+        work=work,
         eval_set=eval_set,
         loaded=loaded,
         shard=shard,
@@ -253,6 +271,14 @@ def _run_named(
 def _stages(run: EvalRun) -> dict[str, Any] | None:
     records = run_inference(run)
     probed = run_probes(run)
+    if run.hosts:
+        run.work.flush()
+        barrier("all shards are complete", SHARE_TIMEOUT)
+        with first_host_first("the report is written"):
+            if run.shard.index:
+                return None
+            run.work.refresh()
+            return _stages(dataclasses.replace(run, shard=WHOLE, hosts=False))
     if run.shard.count > 1:
         run.progress(
             f"shard {run.shard} is complete; rerun without --shard to score all shards together"

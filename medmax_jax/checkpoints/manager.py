@@ -15,12 +15,13 @@ mounted or under gs://, where a folder has no rename: its files count once sha25
 the logs of the run are in the bucket before that.
 """
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ from medmax_jax.storage.workdir import Workdir
 COMMITTED = "commit_success.txt"  # of Orbax, on gs:// only
 NAME = "checkpoints"  # folder of the steps
 PEER_TIMEOUT = 600.0  # seconds that hosts wait for each other's files of a step
+SHARE_TIMEOUT = 7 * 86_400.0  # of hosts that divide work among them; a host that died ends it
 
 
 class CheckpointError(RuntimeError):
@@ -59,7 +61,8 @@ class CheckpointManager:
         self._work, self._digests = work, work.folder / f"{NAME}.sha256"
         epath.Path(self.folder.path).mkdir(parents=True, exist_ok=True)
         self._latest_valid = _agree(self._clean)
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every operation
+        self._level = (absl := logging.getLogger("absl")).level
+        absl.setLevel(logging.ERROR)  # Orbax logs every operation
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
@@ -150,6 +153,7 @@ class CheckpointManager:
         except CheckpointError as error:
             self.log(f"WARNING: {error}")
         self._orbax.close()
+        logging.getLogger("absl").setLevel(self._level)
 
     def _complete(self, step: int, shards: checksums.Copies, blocked: float) -> None:
         """Write digests, complete Orbax's writing, commit and remove old steps, in the thread."""
@@ -258,7 +262,7 @@ def _steps(folder: Folder) -> list[int]:
     return [int(name) for name in folder.children() if name.isdigit()]
 
 
-def barrier(name: str) -> None:
+def barrier(name: str, timeout: float = PEER_TIMEOUT) -> None:
     """Synchronize all hosts through the coordinator; each name is used once.
 
     It is used after a compilation, whose duration differs: Gloo gives the peers of the first
@@ -266,7 +270,17 @@ def barrier(name: str) -> None:
     """
     if jax.process_count() > 1:
         processes = set(range(jax.process_count()))
-        multihost.sync_global_processes(name, processes=processes, timeout=int(PEER_TIMEOUT))
+        multihost.sync_global_processes(name, processes=processes, timeout=int(timeout))
+
+
+@contextlib.contextmanager
+def first_host_first(name: str) -> Iterator[None]:
+    """Run the block on the first host, and afterwards on the others; each name is used once."""
+    if jax.process_index():
+        barrier(name, SHARE_TIMEOUT)
+    yield
+    if not jax.process_index():
+        barrier(name, SHARE_TIMEOUT)
 
 
 def _await(condition: Callable[[], bool], what: str) -> None:

@@ -27,7 +27,7 @@ from medmax_jax.generation.requests import (
     GenerateError,
     check_no_path,
     check_text,
-    require_single_process,
+    require_local_mesh,
 )
 from medmax_jax.io.errors import quoted
 from medmax_jax.io.text_files import TextFileError, read_json_object
@@ -84,13 +84,14 @@ def load(
         folder: the model folder; medmax_jax/tiny is the shipped one.
         adapter: the folder of the adapter, or of the training run that wrote it;
             medmax_jax/tiny_adapter is the shipped one.
-        mesh: None: one device.
+        mesh: None: one device of this host.
         merge: add the product of the adapter's factors to the base once, instead of computing it
             separately in each forward pass.
         dtype: of the weights and of the computation, float32 or bfloat16; None: as config.json
             states.
     """
-    require_single_process()
+    mesh = mesh or sharding.local_mesh(Mesh(data=1, fsdp=1, tp=1))
+    require_local_mesh(mesh)
     if merge and adapter is None:
         raise GenerateError(
             "merge (--merge) adds an adapter to the base; set adapter (--adapter) too"
@@ -112,7 +113,6 @@ def load(
         if dtype not in ("float32", "bfloat16"):
             raise GenerateError(f"dtype is {dtype!r}; it must be float32 or bfloat16")
         model = dataclasses.replace(model, param_dtype=dtype, compute_dtype=dtype)
-    mesh = mesh or sharding.make_mesh(Mesh(data=1, fsdp=1, tp=1))
     with jax.set_mesh(mesh):
         size = buckets.tree_bytes(chameleon.abstract_model(model, vocab, chameleon.NO_LORA))
         with buckets.explain_out_of_memory(
@@ -134,7 +134,7 @@ def from_model(
     mesh: jax.sharding.Mesh,
 ) -> ModelBundle:
     """Return a bundle of a model in memory and the tokenizer and VQGAN of a model folder."""
-    require_single_process()
+    require_local_mesh(mesh)
     folder = export.local_copy(folder)
     with jax.set_mesh(mesh):
         return ModelBundle(

@@ -5,10 +5,12 @@
     D/answers.jsonl   {"id", "prompt", "mode", "segments": [{"text"}, {"image": "0003_1.png"}], ..}
     D/gallery.html    prompts and answers with their images
 
+Each of several hosts writes D/answers.host_1_of_2.jsonl, and the first one merges these files.
 A line is written after its images are on disk, so a killed run leaves only complete answers.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -96,7 +98,10 @@ class OutputFolder:
     def __init__(self, folder: Path, prompts: Sequence[Prompt], settings: dict[str, Any]):
         """Raise GenerateError when the folder holds answers to another request."""
         self._folder, self._prompts = folder, list(prompts)
-        self._file, self._answering = folder / "answers.jsonl", False
+        self._merged, self._file = folder / "answers.jsonl", folder / "answers.jsonl"
+        self._first, self._answering = jax.process_index() == 0, False
+        if (hosts := jax.process_count()) > 1:
+            self._file = folder / f"answers.host_{jax.process_index()}_of_{hosts}.jsonl"
         request_file, old = folder / "request.json", folder / "asked.json"
         if old.exists() and not request_file.exists():
             raise GenerateError(
@@ -106,7 +111,8 @@ class OutputFolder:
         contents = json.dumps([[prompt.id, *map(str, prompt.parts)] for prompt in prompts])
         request = settings | {"prompts": hashlib.sha256(contents.encode()).hexdigest()}
         request = json.loads(json.dumps(request))
-        self.records = {record["id"]: record for record in self._read()}
+        _drop_incomplete_line(self._file)
+        self.records = self._read()
         self._request, self._starts = request, []
         if self.records and request_file.exists():
             earlier = _read_own(text_files.read_json_object, request_file)
@@ -141,6 +147,16 @@ class OutputFolder:
         self.records[prompt.id] = record
         return record
 
+    def merge(self) -> None:
+        """Read the answers of all hosts; the first host writes them to one file."""
+        self.records, parts = self._read(), self._parts()
+        if self._first and parts:
+            lines = [self.records[p.id] for p in self._prompts if p.id in self.records]
+            text = "\n".join(json.dumps(record, ensure_ascii=False) for record in lines)
+            _write(self._merged, text)
+            for part in parts:
+                part.unlink()
+
     def gallery(self) -> Path:
         """Write the page of all answers and return its path."""
         shown = [prompt for prompt in self._prompts if prompt.id in self.records][:MAX_SHOWN]
@@ -162,24 +178,23 @@ class OutputFolder:
         return target
 
     def _write_request(self) -> None:
+        if not self._first:
+            return
         content = self._request | {STARTS: self._starts}
         _write(self._folder / "request.json", json.dumps(content, indent=1))
 
-    def _read(self) -> list[dict[str, Any]]:
-        if not self._file.exists():
-            return []
-        data = self._file.read_bytes()
-        complete = data[: data.rfind(b"\n") + 1]
-        if complete != data:  # the last line was truncated by a kill
-            self._file.write_bytes(complete)
-        rows = _read_own(text_files.parse_jsonl, complete, self._file)
-        for number, row in rows:
-            if not (isinstance(row.get("id"), str) and isinstance(row.get("segments"), list)):
-                raise GenerateError(
-                    f"{self._file} line {number} is not an answer with id and segments; delete "
-                    "that line to answer its prompt again"
-                )
-        return [row for _, row in rows]
+    def _parts(self) -> list[Path]:
+        """Return the files of hosts, also of an earlier run with another number of hosts."""
+        return sorted(self._folder.glob("answers.host_*_of_*.jsonl"))
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """Return the records by id; another host may be writing a last line."""
+        records = {}
+        for path in (self._merged, *self._parts()):
+            with contextlib.suppress(FileNotFoundError):
+                data = path.read_bytes()
+                records |= _parse(data[: data.rfind(b"\n") + 1], path)
+        return records
 
     def _save(self, part: Text | Image, name: str) -> dict[str, str]:
         if isinstance(part, Text):
@@ -266,6 +281,26 @@ def _file(folder: Path, name: str, where: str) -> Path:
         return image_paths.resolve(folder, name)
     except image_paths.ImagePathError as error:
         raise GenerateError(f"{where}: {error}") from error
+
+
+def _drop_incomplete_line(path: Path) -> None:
+    """Remove a last line that was truncated by a kill."""
+    if path.exists():
+        data = path.read_bytes()
+        complete = data[: data.rfind(b"\n") + 1]
+        if complete != data:
+            path.write_bytes(complete)
+
+
+def _parse(data: bytes, path: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of the lines of a file by id."""
+    for number, row in (rows := _read_own(text_files.parse_jsonl, data, path)):
+        if not (isinstance(row.get("id"), str) and isinstance(row.get("segments"), list)):
+            raise GenerateError(
+                f"{path} line {number} is not an answer with id and segments; delete that line to "
+                "answer its prompt again"
+            )
+    return {row["id"]: row for _, row in rows}
 
 
 def _read_own(read: Callable[..., Any], *arguments: Any) -> Any:

@@ -12,13 +12,14 @@ memory, that is an answer too. What each device holds at the peak of the step:
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from medmax_jax import sharding
 from medmax_jax.config import Run
@@ -122,7 +123,8 @@ def compile_(program: Program, topology: Topology) -> dict[str, Any]:
     begin, argument_parts = time.monotonic(), program.arguments
     result = program.facts | {"how": "compiled", "hbm_gib": _gib(topology.usable)}
     try:
-        compiled = program.lowered.compile()
+        with _no_compile_cache():
+            compiled = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not _EXHAUSTED.search(str(error)):
             raise
@@ -151,6 +153,19 @@ def compile_(program: Program, topology: Topology) -> dict[str, Any]:
         "parts": {name: _gib(size) for name, size in parts.items()},
         "compile_s": round(time.monotonic() - begin, 1),
     } | _read(compiled, topology)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _no_compile_cache() -> Iterator[None]:
+    """Keep JAX's own cache from programs for other machines: it can write but not read them."""
+    before = jax.config.jax_enable_compilation_cache
+    compilation_cache.reset_cache()  # JAX decides once, at the first compilation
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager
@@ -196,12 +211,11 @@ def _key(run: Run) -> jax.ShapeDtypeStruct:
 def _bytes(tree: Any) -> int:
     """Return the bytes of one device's shards."""
     return sum(
-        np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
-def _gib(size: float) -> float:
+def _gib(size: int | float) -> float:
     return round(float(size) / GIB, 3)
 
 

@@ -52,6 +52,7 @@ class Workdir:
     path: str  # as given
     folder: Path
     flush: Callable[[], None] = lambda: None
+    refresh: Callable[[], None] = lambda: None  # fetches what other processes have written since
     check: Callable[[], None] = lambda: None  # raises LeaseError before a direct write to the path
 
     def url(self, name: str) -> str:
@@ -116,7 +117,7 @@ def opened(
         thread = threading.Thread(target=copy.upload_until, args=(end,), name="upload", daemon=True)
         thread.start()
         try:
-            yield Workdir(remote.path, local, copy.upload, held.check)
+            yield Workdir(remote.path, local, copy.upload, copy.download, held.check)
         finally:
             end.set()
             thread.join()
@@ -144,13 +145,18 @@ class _Copy:
         self._lock = threading.Lock()
 
     def download(self) -> None:
-        """Fetch all files of the folder; raise StorageError for one that is damaged."""
-        names = [name for name in self._remote.names() if not self._skip.match(name)]
-        for done, name in enumerate(names, start=1):
-            stored = self._remote.download(name, self._local / name)
-            self._known[name] = _status(self._local / name), stored
-            if done % 100 == 0 or done == len(names):
-                self._log(f"{self._remote.path}: fetched {done} of {len(names)} files")
+        """Fetch all files that are new or have changed; raise StorageError for a damaged one."""
+        with self._lock:
+            stored = self._remote.store.generations().items()
+            names = [
+                name for name, generation in stored
+                if not self._skip.match(name) and self._state(name)[1].generation != generation
+            ]  # fmt: skip
+            for done, name in enumerate(names, start=1):
+                found = self._remote.download(name, self._local / name)
+                self._known[name] = _status(self._local / name), found
+                if done % 100 == 0 or done == len(names):
+                    self._log(f"{self._remote.path}: fetched {done} of {len(names)} files")
 
     def upload(self) -> None:
         """Upload what has changed since the last call; delete what was deleted."""
@@ -239,16 +245,19 @@ def _claim(remote: Folder) -> None:
         remote.store.delete(name)
 
 
-def local_copy(path: str, *, skip: Sequence[str]) -> Path:
-    """Return a local folder, or a local copy of one on gs:// without the names of `skip`.
+def local_copy(path: str, *, skip: Sequence[str] = (), only: str = "") -> Path:
+    """Return a local folder, or a local copy of one on gs://.
 
-    The copy is made once for each state of the folder, and may be deleted at any time.
+    skip: patterns of names that are not copied. only: the one name that is copied. The copy
+    is made once for each state of the folder, and may be deleted at any time.
     """
     if not path.startswith("gs://"):
         return Path(path)
     remote, skipped = Folder(path), _pattern((*UNFINISHED, f"{lease.LEASE_OBJECT}*", *skip))
     stored = {n: g for n, g in remote.store.generations().items() if not skipped.match(n)}
-    own, state = (hashlib.sha256(str(x).encode()).hexdigest()[:16] for x in (remote.path, stored))
+    stored = {n: g for n, g in stored.items() if only in ("", n)}
+    key = f"{remote.path}/{only}"
+    own, state = (hashlib.sha256(str(x).encode()).hexdigest()[:16] for x in (key, stored))
     parent = staging_folder() / "copies"
     copy = parent / f"{own}-{state}"
     if not copy.is_dir():
@@ -263,6 +272,14 @@ def local_copy(path: str, *, skip: Sequence[str]) -> Path:
             partial.rename(copy)
         shutil.rmtree(partial, ignore_errors=True)
     return copy
+
+
+def local_file(path: str) -> Path:
+    """Return a local file, or a local copy of one on gs://."""
+    if not path.startswith("gs://"):
+        return Path(path)
+    folder, _, name = path.rpartition("/")
+    return local_copy(folder, only=name) / name
 
 
 def staging_folder() -> Path:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,14 +61,14 @@ class GoodputTimer:
 class MetricWriter:
     """Writes the files of a run. Only process 0 writes; elsewhere every method does nothing.
 
-    `sink`: a function that process 0 also calls with (step, metrics by name).
+    `sinks`: functions that process 0 also calls with (step, metrics by name).
     """
 
     def __init__(
-        self, folder: str, sink: Callable[[int, dict[str, float]], None] | None = None
+        self, folder: str, sinks: Sequence[Callable[[int, dict[str, float]], None]] = ()
     ) -> None:
         self.writes = jax.process_index() == 0
-        self.folder, self.board, self._sink = folder, None, sink
+        self.folder, self.board, self._sinks = folder, None, sinks
         if self.writes:
             self.log_file = LogFile(os.path.join(folder, "train.log"), _print)
 
@@ -102,8 +102,8 @@ class MetricWriter:
             for name, value in finite.items():
                 # TensorBoard allows no spaces in names.
                 self.board.add_scalar(name.replace(" ", "_"), value, step)
-            if self._sink is not None:
-                self._sink(step, finite)
+            for sink in self._sinks:
+                sink(step, finite)
 
     def close(self) -> None:
         if self.writes:

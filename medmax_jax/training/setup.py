@@ -40,6 +40,7 @@ class Options:
     profile: tuple[int, int] | None = None  # the first and the last step of a trace
     wandb: str = ""  # the project
     listed_hosts: tuple[str, ...] = ()  # for credentialed data
+    on_metrics: Callable[[int, dict[str, float]], None] | None = None  # called with each row
 
 
 DEFAULT_OPTIONS = Options()

@@ -467,3 +467,22 @@ def test_settings_state_the_commits_of_names_of_the_hub(monkeypatch):
     assert found.questions == (f"{name}/items.jsonl", "local.jsonl")
     assert (found.model, found.scorers) == (f"native:{name}", (f"biomedclip:{name}",))
     assert pinned(settings("a", model="endpoint:m@http://h:1/v1")).model.endswith("m@http://h:1/v1")
+
+
+def test_evaluate_takes_the_name_of_a_model(tmp_path):
+    """As --model has it: the same scores as from the program's own function."""
+
+    class Silent:
+        def generate(self, requests):
+            return []
+
+    items, chosen = write_items(tmp_path / "data"), dict(probes="", options=False, window=8)
+    chosen |= dict(baselines="constant", resamples=2_000)
+    named = evaluate("baseline:random", items, tmp_path / "named", **chosen)
+    assert named["scores"] == run(items, tmp_path / "program", "baseline:random")["scores"]
+    with pytest.raises(EvalError, match="name the model as KIND:WHERE and the items by their file"):
+        evaluate("baseline:random", [], tmp_path / "out")
+    with pytest.raises(EvalError, match="with a list of items or an adapter"):
+        evaluate(Silent(), items, tmp_path / "out", adapter="runs/lora")
+    with pytest.raises(EvalError, match=r"requires a method generate\(requests\)"):
+        evaluate(None, items, tmp_path / "out")

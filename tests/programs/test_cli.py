@@ -265,3 +265,14 @@ def test_configs_of_the_package_are_found_from_another_folder(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0 and "config.sample" in done.stdout, done.stderr
+
+
+def test_a_second_interrupt_leaves_an_interactive_session(monkeypatch):
+    """As a notebook's kernel is one: it must not end with the cell."""
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(KeyboardInterrupt), cli.Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested == "SIGINT"
+        time.sleep(0.6)
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

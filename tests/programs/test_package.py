@@ -117,7 +117,7 @@ def test_a_command_is_the_program_of_its_module():
 
 
 USER = """
-from medmax_jax import generation
+from medmax_jax import generate, generation, load_config, plan, prepare_sample, train
 from medmax_jax.eval import compare, evaluate
 from medmax_jax.eval.models.base import ModelRequest
 
@@ -130,6 +130,10 @@ print(summary["scores"][0], compare("runs/a", "runs/mine", seed=0, resamples=100
 bundle = generation.load("models/anole", adapter="runs/lora/adapter")
 sample = generation.defaults("medmax_eval")
 [answer] = generation.generate(bundle, [["Is this a CT?"]], sample, mode="text", seed=0)
+config = load_config("configs/tiny.py", {"optim.peak_lr": 1e-3})
+prepare_sample("records")
+print(plan(config, "v5e:1x1")["fits"], train(config, "runs/lora").loss)
+print(generate("models/anole", ["?"], "answers")[0].text)
 print([part.text for part in answer if isinstance(part, generation.Text)])
 """
 
@@ -143,12 +147,14 @@ def test_a_users_script_passes_strict_type_checks(tmp_path):
     wrong = USER.replace('mode="text", seed=0', 'mode=1, seed="0"').replace(
         '"runs/mine", mode', "mode"
     )
-    (tmp_path / "wrong.py").write_text(wrong.replace("part.text", "part.words"))
+    (tmp_path / "wrong.py").write_text(
+        wrong.replace("part.text", "part.words").replace(".loss", ".lost")
+    )
     command = ["basedpyright", "--pythonpath", sys.executable, "--outputjson", "-p"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
     found = json.loads(done.stdout)["generalDiagnostics"]
     assert [d["message"] for d in found if d["file"].endswith("right.py")] == []
-    assert len([d for d in found if d["severity"] == "error"]) >= 4
+    assert len([d for d in found if d["severity"] == "error"]) >= 5
 
 
 def test_old_import_paths_are_gone():
