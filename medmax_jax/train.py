@@ -127,12 +127,8 @@ def run(
         return setup.dry_run(run, lambda: load_data(run))
     clock = log_writer.GoodputTimer()
     with contextlib.ExitStack() as stack:
-        work = stack.enter_context(
-            cli.open_workdir(workdir, own="metrics.jsonl", skip=("checkpoints/*", "compiled/*"))
-        )
+        work = stack.enter_context(setup.open_workdir(workdir))
         folder = work.folder.absolute()
-        barrier("the workdir is open")  # the first host may wait for the lease of a dead process
-        stack.enter_context(setup.workdir_lock(folder))
         stop = stack.enter_context(cli.Stop())
         mesh = setup.as_config_error(lambda: make_mesh(run.mesh))
         setup.as_config_error(lambda: step.check(run, mesh))

@@ -70,15 +70,23 @@ def plan(
         else:
             run = _given(settings, machine, mesh, per_chip_batch, seq)
             estimate = answer(run)
-        estimate |= plan_analytic.rates(
-            run, machine, estimate, utilisation=utilisation, price=price
-        )
-        estimate["mesh"] = dict(zip(("data", "fsdp", "tp"), compile_cache.axes(run), strict=True))
-        estimate |= {"batch_size": run.data.batch_size, "seq_len": run.data.seq_len}
-        estimate |= {"remat": run.model.remat, "topology": machine.name, "slices": machine.slices}
         if decode != "none" and not analytic and machine.is_tpu:
             estimate["decode"] = _decoding(run, machine, folder, decode)
-        return estimate | {"steps": run.train.steps}
+    estimate |= plan_analytic.rates(run, machine, estimate, utilisation=utilisation, price=price)
+    return estimate | _facts(run, machine)
+
+
+def _facts(run: Run, topology: Topology) -> dict[str, Any]:
+    """Return what was planned: the mesh, the batch, the machine."""
+    return {
+        "mesh": dict(zip(("data", "fsdp", "tp"), compile_cache.axes(run), strict=True)),
+        "batch_size": run.data.batch_size,
+        "seq_len": run.data.seq_len,
+        "remat": run.model.remat,
+        "topology": topology.name,
+        "slices": topology.slices,
+        "steps": run.train.steps,
+    }
 
 
 def _candidates(settings: ConfigDict, topology: Topology, rows: int, seq: int) -> list[Run]:

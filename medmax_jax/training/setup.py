@@ -8,6 +8,7 @@ dry_run: the same from shapes alone, up to the compiled first step
 import contextlib
 import dataclasses
 import fcntl
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +20,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from medmax_jax import config
+from medmax_jax import cli, config
 from medmax_jax.checkpoints import export
-from medmax_jax.checkpoints.manager import CheckpointManager, DamagedError
+from medmax_jax.checkpoints.manager import NAME, CheckpointManager, DamagedError, barrier
 from medmax_jax.checkpoints.resume import check_meta
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh, shard_batch, with_shardings
 from medmax_jax.storage import hub
+from medmax_jax.storage.workdir import Workdir
 from medmax_jax.training import reporting, step
 from medmax_jax.training.batch import BatchSource
 from medmax_jax.training.reporting import TrainError
@@ -70,6 +72,16 @@ def checked(run: config.Run, options: Options) -> config.Run:
         data=dataclasses.replace(run.data, **data),
         train=dataclasses.replace(run.train, init_from=weights),
     )
+
+
+@contextlib.contextmanager
+def open_workdir(path: str | os.PathLike) -> Iterator[Workdir]:
+    """Open the folder of a run, which no other process may write."""
+    remote = (f"{NAME}/*", "compiled/*")  # Orbax and JAX write them to a bucket themselves
+    with cli.open_workdir(path, own="metrics.jsonl", skip=remote) as work:
+        barrier("the workdir is open")  # the first host may wait for the lease of a dead process
+        with workdir_lock(work.folder.absolute()):
+            yield work
 
 
 @contextlib.contextmanager

@@ -110,14 +110,17 @@ def test_the_folder_of_another_program_is_refused(own, tmp_path):
         folder.mkdir()
         (folder / name).write_text("")
         if name == own:
-            assert cli.open_workdir(folder, own=own) == folder
+            with cli.open_workdir(folder, own=own) as work:
+                assert work.folder == folder
             continue
         with pytest.raises(cli.WorkdirError, match=f"{cli.CONTENTS[name]} .{name}.; use another"):
-            cli.open_workdir(folder, own=own)
+            with cli.open_workdir(folder, own=own):
+                pytest.fail("must not begin")
 
 
 def test_workdir_is_created_and_left_empty(tmp_path):
-    assert cli.open_workdir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    with cli.open_workdir(tmp_path / "a" / "b") as work:
+        assert work.folder == tmp_path / "a" / "b"
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
