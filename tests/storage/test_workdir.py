@@ -127,8 +127,8 @@ def test_a_second_writer_is_refused(gs):
         pass  # they write different files
 
 
-def test_two_processes_that_start_together_are_one_writer(gs):
-    both = [holder(gs, MEDMAX_STAGE=f"/tmp/{os.getpid()}-{n}") for n in range(2)]
+def test_two_processes_that_start_together_are_one_writer(gs, tmp_path):
+    both = [holder(gs, MEDMAX_STAGE=str(tmp_path / str(n))) for n in range(2)]
     try:
         deadline = time.monotonic() + 60
         while all(p.poll() is None for p in both) and time.monotonic() < deadline:
