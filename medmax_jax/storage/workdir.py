@@ -6,11 +6,11 @@
         work.url("checkpoints")    for what is written there directly (Orbax, compiled programs)
 
 Of gs://, one process holds a lease (lease.py). Its local copy starts with what is in the bucket. A
-thread uploads changed files, in the order of their changes, every SYNC seconds and
-at the end, so a machine that is lost loses at most the work of SYNC seconds and one upload; the
-same command repeats it on any machine. Each upload requires the generation that this process knows,
-and stores the SHA-256 of the file, which is checked when it is read. For a local path nothing
-differs from a plain folder.
+thread uploads changed files, in the order of their changes, every SYNC seconds and at the end, so a
+machine that is lost loses at most the work of SYNC seconds and one upload; the same command repeats
+it on any machine. Each upload requires the generation that this process knows, and stores the
+SHA-256 of the file, which is checked when it is read. For a local path nothing differs from a plain
+folder.
 """
 
 import contextlib
@@ -101,10 +101,12 @@ def opened(
     local = _local_folder(remote.path, f"{mode} {writer}")
     skip = (*UNFINISHED, f"{lease.LEASE_OBJECT}*", *skip)
     if mode != "write":
-        if mode == "read":
-            _Copy(remote, local, None, skip, log).download()
-        yield Workdir(remote.path, local)
-        shutil.rmtree(local.parent, ignore_errors=True)
+        try:
+            if mode == "read":
+                _Copy(remote, local, None, skip, log).download()
+            yield Workdir(remote.path, local)
+        finally:
+            shutil.rmtree(local.parent, ignore_errors=True)
         return
     name = f"{lease.LEASE_OBJECT}-{writer}" if writer else lease.LEASE_OBJECT
     with lease.held(remote.store, name, log=log, on_loss=_end_process) as held:
