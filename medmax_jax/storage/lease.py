@@ -80,11 +80,7 @@ class Lease:
             try:
                 self._write(self._generation)
             except ConflictError as error:
-                stored = self._read()
-                if stored.get("token") == self._token:  # the answer to a write got lost
-                    self._generation = self._store.version(self._name) or MISSING
-                    return
-                self._taken_by = stored.get("holder", "another process")
+                self._taken_by = self._read().get("holder", "another process")
                 raise self._lost() from error
 
     def check(self) -> None:
@@ -102,7 +98,13 @@ class Lease:
     def _write(self, generation: int) -> None:
         begin, self._token = time.monotonic(), secrets.token_hex(8)
         content = json.dumps(self._holder | {"token": self._token, "time": time.time()}).encode()
-        self._generation = self._store.write(self._name, content, generation)
+        try:
+            self._generation = self._store.write(self._name, content, generation)
+        except ConflictError:
+            if self._read().get("token") != self._token:
+                raise
+            # The answer to an earlier attempt of this write was lost.
+            self._generation = self._store.version(self._name) or MISSING
         self._renewed = begin
 
     def _read(self) -> dict[str, Any]:

@@ -229,7 +229,6 @@ def test_invalid_seconds_are_rejected(gs, monkeypatch, name):
 
 def test_a_lease_survives_an_answer_that_got_lost(gs):
     held = lease.Lease(Bucket(gs), ".lease", print)
-    held.acquire()
     write = held._store.write
 
     def lose_the_answer(*args):
@@ -237,6 +236,7 @@ def test_a_lease_survives_an_answer_that_got_lost(gs):
         raise gcs.ConflictError("the retry found a newer generation")
 
     held._store.write = lose_the_answer
+    held.acquire()
     held.renew()
     held._store.write = write
     held.renew()
