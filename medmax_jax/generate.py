@@ -102,10 +102,13 @@ def generate(
     with cli.open_workdir(out, "--out", own="request.json", shared=True) as work:
         with report_waiting("loading the model", print):
             g = load(model, adapter=adapter or None, mesh=mesh, merge=merge)
+        tokens = prompt_tokens(g, [p.parts for p in asked], end_of_turn=end_of_turn)
+        prompt_requests.make_requests(
+            tokens, sample, g.vocab, mode=mode, names=None, codes=g.vq_config.codes_per_image,
+            context=g.config.context_length,
+        )  # fmt: skip
         output = output_files.OutputFolder(work.folder, asked, request)
-        _answer_all(
-            g, asked, output, sample, mode=mode, end_of_turn=end_of_turn, rows=rows, cache=cache
-        )
+        _answer_all(g, asked, tokens, output, sample, mode=mode, rows=rows, cache=cache)
         _merge(output, work)
         return [_answer(output.records[prompt.id]["segments"], work) for prompt in asked]
 
@@ -113,20 +116,15 @@ def generate(
 def _answer_all(
     g: ModelBundle,
     asked: Sequence[output_files.Prompt],
+    tokens: Sequence[np.ndarray],
     output: output_files.OutputFolder,
     sample: Sample,
     *,
     mode: str,
-    end_of_turn: bool,
     rows: int,
     cache: str,
 ) -> None:
     """Answer this host's part of the prompts, except those that the folder has answers to."""
-    tokens = prompt_tokens(g, [p.parts for p in asked], end_of_turn=end_of_turn)
-    prompt_requests.make_requests(
-        tokens, sample, g.vocab, mode=mode, names=None, codes=g.vq_config.codes_per_image,
-        context=g.config.context_length,
-    )  # fmt: skip
     own = range(len(asked))[jax.process_index() :: jax.process_count()]
     todo = [i for i in own if asked[i].id not in output.records]
     names = [

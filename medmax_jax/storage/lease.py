@@ -11,8 +11,8 @@ as the last renewal is too old. MEDMAX_LEASE_SECONDS in the environment override
 import contextlib
 import json
 import os
+import platform
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class Lease:
         self._store, self._name, self._log = store, name, log
         self._seconds, self._lock = lease_seconds(), threading.Lock()
         self._generation, self._renewed, self._taken_by = MISSING, 0.0, ""
-        self._holder = {"holder": f"{socket.gethostname()}:{os.getpid()}", "space": _id_space()}
+        self._holder = {"holder": f"{platform.node()}:{os.getpid()}", "space": _id_space()}
         self._token = ""
 
     def acquire(self) -> None:

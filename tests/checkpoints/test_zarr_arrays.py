@@ -87,7 +87,7 @@ def test_a_stack_beyond_the_limit_is_read_by_layers(tmp_path, dtype, monkeypatch
         return future.result()
 
     monkeypatch.setattr(zarr_arrays, "IN_FLIGHT", 3 * stack[0].nbytes)
-    monkeypatch.setattr(zarr_arrays.storage, "wait", record)
+    monkeypatch.setattr(zarr_arrays.gcs, "wait", record)
     loaded = zarr_arrays.load(folder, like)
     np.testing.assert_array_equal(loaded["kernel"], stack.astype(dtype))
     np.testing.assert_array_equal(loaded["embed"], stack[0].astype(dtype))

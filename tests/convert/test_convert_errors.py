@@ -292,12 +292,6 @@ def test_missing_and_existing_paths_are_reported(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*arguments[:4], "--format", "gguf"])
     assert stopped.value.code == 2
-    arguments[3] = "gs://nowhere/x"
-    with pytest.raises(ConvertError, match="Meta's layout is one file"):
-        folder = Folder("gs://bucket/x")
-        from medmax_jax.convert import meta as meta_layout
-
-        meta_layout.write(folder, conversion.read_checkpoint(meta), progress=lambda _: None)
 
 
 def test_killed_conversion_leaves_nothing_readable(tmp_path):

@@ -103,7 +103,7 @@ def test_a_killed_run_equals_the_uninterrupted_one(words, server, tmp_path, monk
     status, output = finish(begin(words, whole, environment()))
     assert status == cli.DONE, output
     gs, seed = f"gs://bucket/{tmp_path.name}/run", random.randrange(1000)
-    faults = Faults(seed)
+    faults = Faults(seed, share=0.02 if kills == 1 else 0.08)
     with faulty(server, faults) as url:
         told = killed_run(words, gs, url, faults, tmp_path, kills, seed)
         status, output = finish(begin(words, gs, variables(url, tmp_path / "last")))

@@ -126,7 +126,7 @@ def saving(folder: pathlib.Path) -> int:
     [
         (["--workdir=w", "--config.optim.lrr=1"], cli.USAGE, "--config.optim.lrr is not a field"),
         (["--workdir=README.md/w"], cli.ERROR, "--workdir README.md/w is not writable"),
-        (["--workdir=gs://bucket/w"], cli.ERROR, "is not a local or mounted folder"),
+        (["--workdir=gs://bucket/w"], cli.ERROR, "no valid credentials"),
         (["--workdir=w", "--profile_steps=4"], cli.USAGE, "write FIRST:LAST, for example 10:12"),
     ],
 )  # fmt: skip
