@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import functools
 import io
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -309,6 +310,7 @@ def _client_of(process: int, server: str) -> "storage.Client":
     from google.cloud import storage
 
     del process, server  # a forked process, or another server, needs connections of its own
+    logging.getLogger("google.auth").setLevel(logging.ERROR)  # what fails is reported as an error
     return storage.Client()
 
 
