@@ -214,6 +214,7 @@ def open_workdir(
             mode = "empty" if own_process and not shared else "write"
         writer = writer or (f"host-{own_process}" if own_process else "")
         try:
+            skip = (*skip, "compiled/*")  # JAX writes to a bucket itself
             work = stack.enter_context(workdir.opened(path, mode=mode, skip=skip, writer=writer))
             with tempfile.TemporaryFile(dir=work.folder):
                 pass

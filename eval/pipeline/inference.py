@@ -75,7 +75,8 @@ def run_items(
             name = task_items.item_name(item, number)
             _check_same(item, records_by_id.get(item.id), runner.facts, f"{out}: item {name}")
         todo = [item for item in items if item.id not in records_by_id]
-        log = ProgressLog(out.parent, shard.file(out).name, len(journal.rows), len(todo))
+        history = shard.file(out.with_name(NAME))
+        log = ProgressLog(history, shard.file(out).name, len(journal.rows), len(todo))
         item_progress = ItemProgress(len(todo), "items", progress, every=0.0)
         try:
             for family, window_items in _windows(todo, window):
@@ -289,8 +290,8 @@ def _check_same(
 #     {"event": "start", "file": "records.jsonl", "had": 32, "left": 68}
 #     {"event": "asking", "count": 32}     {"event": "stop", "recorded": 32, "seconds": 4.1}
 #
-# A line is one write, so several processes may append to the file. A killed process writes no stop:
-# its requests without a record are repeated, and `totals` counts them.
+# Each shard has a file of its own. A killed process writes no stop: its requests without a record
+# are repeated, and `totals` counts them.
 
 NAME = "history.jsonl"
 
@@ -298,8 +299,8 @@ NAME = "history.jsonl"
 class ProgressLog:
     """Writes the events of one run for one file of records."""
 
-    def __init__(self, folder: Path, file: str, recorded: int, left: int):
-        self._path, self._file = folder / NAME, file
+    def __init__(self, path: Path, file: str, recorded: int, left: int):
+        self._path, self._file = path, file
         self._recorded, self._start = 0, time.monotonic()
         self._add("start", had=recorded, left=left)
 
@@ -343,8 +344,8 @@ def totals(folder: Path) -> dict[str, dict[str, Any]]:
     repeated: an upper bound, counted by windows.
     """
     by_file: dict[str, dict[str, Any]] = {}
-    path = folder / NAME
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    files = [path for path in shard_files(folder / NAME) if path.exists()]
+    for line in (line for path in files for line in path.read_bytes().splitlines()):
         row = _event(line)
         if row is None:  # a partial line, from a full disk
             continue

@@ -77,8 +77,8 @@ def checked(run: config.Run, options: Options) -> config.Run:
 @contextlib.contextmanager
 def open_workdir(path: str | os.PathLike) -> Iterator[Workdir]:
     """Open the folder of a run, which no other process may write."""
-    remote = (f"{NAME}/*", "compiled/*")  # Orbax and JAX write them to a bucket themselves
-    with cli.open_workdir(path, own="metrics.jsonl", skip=remote) as work:
+    # Orbax writes the checkpoints to a bucket itself.
+    with cli.open_workdir(path, own="metrics.jsonl", skip=(f"{NAME}/*",)) as work:
         barrier("the workdir is open")  # the first host may wait for the lease of a dead process
         with workdir_lock(work.folder.absolute()):
             yield work

@@ -10,12 +10,15 @@ import sys
 import time
 
 import pytest
+from gs_server import fixture_gs, fixture_server  # noqa: F401
 from run_setup import environment
 
 from medmax_jax import cli
 from medmax_jax.config import Mesh
 from medmax_jax.generation import requests
 from medmax_jax.sharding import make_mesh
+from medmax_jax.storage import workdir
+from medmax_jax.storage.folder import Folder
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "medmax_jax" / "tiny"
@@ -108,6 +111,34 @@ def test_evaluation_of_two_hosts_is_that_of_one(tmp_path):
     parts = [records(path) for path in sorted(two.glob("records.shard_*.jsonl"))]
     assert len(parts) == 2 and not parts[0].keys() & parts[1].keys()
     assert parts[0] | parts[1] == records(tmp_path / "one" / "records.jsonl")
+
+
+@pytest.mark.slow
+def test_two_hosts_share_folders_on_gs(gs, tmp_path, monkeypatch):
+    """They have no disk in common; the second start finds all answers."""
+    prompts = tmp_path / "prompts.jsonl"
+    texts = [f"Describe image {n} of the chest" for n in range(4)]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    words = ["medmax_jax.generate", f"--model={TINY}", f"--prompts={prompts}", "--mode=image"]
+    alone([*words, "--out", str(tmp_path / "one")])
+    for stage in ("first", "second"):
+        monkeypatch.setenv(workdir.STAGE_VARIABLE, str(tmp_path / stage))
+        outputs = finish(start([*words, "--out", f"{gs}/answers"]))
+        assert f"gallery: {gs}/answers/gallery.html" in outputs[0], outputs
+        for name in Folder(f"{gs}/answers").names():
+            Folder(f"{gs}/answers").download(name, tmp_path / stage / "out" / name)
+        two = tmp_path / stage / "out"
+        assert records(two / "answers.jsonl") == records(tmp_path / "one" / "answers.jsonl")
+        assert len(list(two.glob("*.png"))) == 4 and not list(two.glob("answers.host_*"))
+    config = ["--config=configs/eval_tiny.py", "--config.options=False", "--config.probes="]
+    config += ["--config.counts.vqa_closed=8", "--config.window=8", "--config.rows=4"]
+    counts = ("vqa_mcq", "vqa_open", "captioning", "image_generation", "multimodal", "visual_chat")
+    config += [f"--config.counts.{name}=0" for name in counts]
+    alone(["eval.run", *config, "--workdir", str(tmp_path / "evaluated")])
+    finish(start(["eval.run", *config, "--workdir", f"{gs}/eval"]))
+    found = Folder(f"{gs}/eval").json("summary.json", allow_nonfinite=True)
+    expected = json.loads((tmp_path / "evaluated" / "summary.json").read_text())
+    assert found["scores"] == expected["scores"]
 
 
 def test_a_part_is_refused_with_several_hosts_and_a_mesh_of_all(monkeypatch, tmp_path):
