@@ -97,17 +97,31 @@ def opened(
         yield Workdir(os.path.abspath(text), Path(text))
         return
     sync_seconds()  # raises before anything is created
-    remote = Folder(text)
+    remote, skip = Folder(text), (*UNFINISHED, f"{lease.LEASE_OBJECT}*", *skip)
     local = _local_folder(remote.path, f"{mode} {writer}")
-    skip = (*UNFINISHED, f"{lease.LEASE_OBJECT}*", *skip)
-    if mode != "write":
-        try:
-            if mode == "read":
-                _Copy(remote, local, None, skip, log).download()
-            yield Workdir(remote.path, local)
-        finally:
-            shutil.rmtree(local.parent, ignore_errors=True)
+    if mode == "write":
+        with _written(remote, local, skip, writer=writer, fresh=fresh, log=log) as work:
+            yield work
         return
+    try:
+        if mode == "read":
+            _Copy(remote, local, None, skip, log).download()
+        yield Workdir(remote.path, local)
+    finally:
+        shutil.rmtree(local.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _written(
+    remote: Folder,
+    local: Path,
+    skip: Sequence[str],
+    *,
+    writer: str,
+    fresh: bool,
+    log: Callable[[str], None],
+) -> Iterator[Workdir]:
+    """Hold the lease of a folder, and upload what the block changes in its local copy."""
     name = f"{lease.LEASE_OBJECT}-{writer}" if writer else lease.LEASE_OBJECT
     with lease.held(remote.store, name, log=log, on_loss=_end_process) as held:
         copy = _Copy(remote, local, held, skip, log)
