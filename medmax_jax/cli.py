@@ -208,11 +208,10 @@ def open_workdir(
     """
     with contextlib.ExitStack() as stack:
         # JAX is asked for a bucket only: the question initializes it.
-        mode, own_process = "write", 0
-        if os.fspath(path).startswith("gs://"):
-            own_process = jax.process_index()
-            mode = "empty" if own_process and not shared else "write"
-        writer = writer or (f"host-{own_process}" if own_process else "")
+        host = jax.process_index() if os.fspath(path).startswith("gs://") else 0
+        mode = "empty" if host and not shared else "write"
+        if host and not writer:
+            writer = f"host-{host}"
         try:
             skip = (*skip, "compiled/*")  # JAX writes to a bucket itself
             work = stack.enter_context(workdir.opened(path, mode=mode, skip=skip, writer=writer))

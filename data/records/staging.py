@@ -15,14 +15,13 @@ import fcntl
 import hashlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from medmax_jax.data.records.document import RecordsError
-from medmax_jax.io.progress import ByteProgress
+from medmax_jax.io.progress import ByteProgress, log_to_stderr
 from medmax_jax.io.text_files import parse_json
 from medmax_jax.storage import hub
 from medmax_jax.storage.atomic_folder import atomic_folder, private_umask
@@ -70,8 +69,8 @@ def _is_complete(copy: Path, shards: list[_File]) -> bool:
 
 def _copy(source: Folder, meta: bytes, files: list[_File], copy: Path) -> None:
     total = sum(file.size for file in files)
-    print(f"{source.path}: copying {len(files)} files to {copy}", file=sys.stderr, flush=True)
-    progress = ByteProgress(total, lambda line: print(line, file=sys.stderr, flush=True))
+    log_to_stderr(f"{source.path}: copying {len(files)} files to {copy}")
+    progress = ByteProgress(total, log_to_stderr)
     pool = concurrent.futures.ThreadPoolExecutor(STREAMS)
     with private_umask(), atomic_folder(copy, bytes_needed=total + len(meta), seal=META) as new:
         try:
@@ -97,10 +96,10 @@ def _parse_meta(source: Folder, meta: bytes) -> tuple[list[_File], str]:
 
 
 def _fetch(source: Folder, new: Folder, file: _File) -> int:
-    digest = hashlib.sha256()
+    digest, stored = hashlib.sha256(), source.file(file.name)
     with new.stream(file.name) as out:
         for start in range(0, file.size, CHUNK_BYTES):
-            part = source.read(file.name, start, min(start + CHUNK_BYTES, file.size))
+            part = stored.read(start, min(start + CHUNK_BYTES, file.size))
             digest.update(part)
             out.write(part)
     if digest.hexdigest() != file.sha256:

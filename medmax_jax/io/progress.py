@@ -1,6 +1,7 @@
 """Progress logs of long work: amount done, rate and remaining time, one line at a time."""
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,6 +9,11 @@ from typing import TypeVar
 
 SECONDS = 5.0  # between two lines
 _Item = TypeVar("_Item")
+
+
+def log_to_stderr(line: str) -> None:
+    """Print a line to stderr, since stdout may be JSON."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

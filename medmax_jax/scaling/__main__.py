@@ -26,7 +26,7 @@ from medmax_jax import arguments
 from medmax_jax.cli import DONE, ERROR, WorkdirError, open_workdir
 from medmax_jax.environment import environment
 from medmax_jax.io import charts, html_page
-from medmax_jax.io.progress import SECONDS, ItemProgress, report_waiting
+from medmax_jax.io.progress import SECONDS, ItemProgress, log_to_stderr, report_waiting
 from medmax_jax.scaling import checklist, diagnostics, mixed, report, table
 from medmax_jax.scaling.laws import LAWS, ScalingError
 from medmax_jax.scaling.study import Options, run_study
@@ -123,7 +123,7 @@ def _laws(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
         rows = table.read(
             args.table, law, target=target, columns=dict(args.map), exclude=args.exclude
         )
-        studies.append(run_study(law, rows, options, progress=_log))
+        studies.append(run_study(law, rows, options, progress=log_to_stderr))
         print(checklist.format_fit(studies[-1], statements))
     if folder:
         title = f"{law.name} law of {Path(args.table).name}"
@@ -140,9 +140,9 @@ def _mixed(args: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
     rows = table.read(
         args.table, mixed.LAW, target=target, columns=dict(args.map), exclude=args.exclude
     )
-    with report_waiting(f"{target}: fitting", _log):
+    with report_waiting(f"{target}: fitting", log_to_stderr):
         fitted = mixed.fit(rows, delta=args.delta)
-    fits = ItemProgress(3 * args.bootstraps, "fits", _log, every=SECONDS)
+    fits = ItemProgress(3 * args.bootstraps, "fits", log_to_stderr, every=SECONDS)
     draws = mixed.bootstrap_samples(
         fitted, rows, count=args.bootstraps, seed=args.seed,
         progress=lambda count: fits.tick(f"{target}: bootstraps", count),
@@ -176,11 +176,6 @@ def _facts(args: argparse.Namespace) -> dict[str, object]:
     digest = file_sha256(Path(args.table))[:16]
     facts = {"table": args.table, "digest": digest, "law": args.law, "seed": args.seed}
     return facts | {"bootstraps": args.bootstraps} | environment()
-
-
-def _log(line: str) -> None:
-    """Log to stderr: stdout has the results, with --json as its last line."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _default_target(law: str) -> str:

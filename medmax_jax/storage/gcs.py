@@ -149,21 +149,19 @@ class Bucket:
         self, name: str, start: int, stop: int | None, stamp: int | None
     ) -> UInt8[np.ndarray, "n"]:
         """Return the bytes of one generation: the stamp, or the present one."""
-        blob = self._stored(name)
-        if blob is None:
-            raise not_found_error(self.full(name))
-        if stamp not in (None, blob.generation):
-            raise changed_error(self.full(name))
-        stop = blob.size if stop is None else stop
-        if not start <= stop <= blob.size:
-            raise StorageError(
-                f"{self.full(name)}: OUT_OF_RANGE: bytes {start} to {stop} of {blob.size}; "
-                f"{HINTS['OUT_OF_RANGE']}"
-            )
+        if stamp is None or stop is None:  # else no request is needed before that for the bytes
+            blob = self._stored(name)
+            if blob is None:
+                raise not_found_error(self.full(name))
+            if stamp not in (None, blob.generation):
+                raise changed_error(self.full(name))
+            stamp, stop = blob.generation, blob.size if stop is None else stop
+            if not start <= stop <= blob.size:
+                raise _out_of_range(self.full(name), start, stop)
         out = np.empty(stop - start, np.uint8)
         starts = range(start, stop, CHUNK_BYTES)
         fetch = functools.partial(
-            self._fetch, self._blob(name, blob.generation), memoryview(out), start, stop
+            self._fetch, self._blob(name, stamp), memoryview(out), start, stop
         )
         if len(starts) == 1:  # small: no thread
             fetch(start)
@@ -288,7 +286,7 @@ class Bucket:
                 start=start, end=end - 1, raw_download=True, checksum=None, **_options()
             )
         if len(data) != end - start:
-            raise changed_error(full)
+            raise _out_of_range(full, start, end)
         out[start - begin : end - begin] = data
 
 
@@ -394,6 +392,10 @@ def as_bytes(part: bytes | bytearray | memoryview | np.ndarray) -> memoryview:
     return memoryview(part).cast("B")
 
 
+def _out_of_range(full: str, start: int, stop: int) -> StorageError:
+    return StorageError(f"{full}: no bytes {start} to {stop}; {HINTS['OUT_OF_RANGE']}")
+
+
 def not_found_error(full: str) -> StorageError:
     """Return the error for a file that does not exist."""
     where = "bucket or file" if full.startswith("gs://") else "file"
@@ -407,13 +409,24 @@ def changed_error(full: str) -> StorageError:
 
 def timeout_seconds() -> float:
     """Return the seconds without a response after which a server or process counts as dead."""
-    text = os.environ.get(TIMEOUT_VARIABLE) or str(DEFAULT_TIMEOUT)
+    return configured_seconds(
+        TIMEOUT_VARIABLE, DEFAULT_TIMEOUT, lambda seconds: 0 < seconds < 86400,
+        fix="not a number of seconds; set it to 60, for example",
+    )  # fmt: skip
+
+
+def configured_seconds(
+    variable: str, default: float, valid: Callable[[float], bool], *, fix: str
+) -> float:
+    """Return the seconds that an environment variable states, or the default where it is unset.
+
+    Raises StorageError, which ends in `fix`, for what is no number or not valid.
+    """
+    text = os.environ.get(variable) or str(default)
     try:
         seconds = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 86400:
-        raise StorageError(
-            f"{TIMEOUT_VARIABLE}={text}: not a number of seconds; set it to 60, for example"
-        )
+        seconds = float("nan")
+    if not valid(seconds):
+        raise StorageError(f"{variable}={text}: {fix}")
     return seconds

@@ -23,14 +23,13 @@ import hashlib
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from medmax_jax.io.errors import printable
-from medmax_jax.io.progress import ByteProgress
+from medmax_jax.io.progress import ByteProgress, log_to_stderr
 from medmax_jax.storage.atomic_folder import check_space
 from medmax_jax.storage.folder import StorageError, check_name
 
@@ -63,11 +62,6 @@ class Address(NamedTuple):
     def contains(self, name: str) -> bool:
         """Return whether a file of the repository belongs to the part."""
         return not self.part or name == self.part or name.startswith(f"{self.part}/")
-
-
-def log_to_stderr(line: str) -> None:
-    """Print a line to stderr, since stdout may be JSON."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def locate(path: str | os.PathLike, say: Callable[[str], None] = log_to_stderr) -> str:

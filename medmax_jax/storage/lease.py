@@ -19,7 +19,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from medmax_jax.io.text_files import TextFileError, parse_json
-from medmax_jax.storage.gcs import MISSING, Bucket, ConflictError, StorageError
+from medmax_jax.storage.gcs import (
+    MISSING,
+    Bucket,
+    ConflictError,
+    StorageError,
+    configured_seconds,
+)
 
 LEASE_OBJECT = ".lease"
 LEASE = 30.0  # seconds without a renewal after which a holder counts as dead
@@ -46,7 +52,7 @@ class Lease:
 
         Raises LeaseError where another process renews it.
         """
-        seen, since, told = None, time.monotonic(), False
+        seen, since, reported = None, time.monotonic(), False
         while True:
             generation = self._store.version(self._name) or MISSING
             if generation not in (seen, MISSING):
@@ -64,8 +70,8 @@ class Lease:
                 with contextlib.suppress(ConflictError):
                     return self._write(generation)
                 seen = seen or MISSING  # another process was faster
-            elif not told:
-                told = True
+            elif not reported:
+                reported = True
                 self._log(
                     f"{self._store.path}: waiting up to {self._seconds:.0f} s for the lease of "
                     f"{holder.get('holder', 'another process')}"
@@ -165,14 +171,10 @@ def parsed(content: bytes) -> dict[str, Any]:
 
 def lease_seconds() -> float:
     """Return LEASE, or what the environment states."""
-    text = os.environ.get(LEASE_VARIABLE) or str(LEASE)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1 <= seconds <= 3600:
-        raise StorageError(f"{LEASE_VARIABLE}={text}: use seconds from 1 to 3600, such as 30")
-    return seconds
+    return configured_seconds(
+        LEASE_VARIABLE, LEASE, lambda seconds: 1 <= seconds <= 3600,
+        fix="use seconds from 1 to 3600, such as 30",
+    )  # fmt: skip
 
 
 def _id_space() -> str:

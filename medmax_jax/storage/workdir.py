@@ -22,7 +22,6 @@ import re
 import shutil
 import signal
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -30,10 +29,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from medmax_jax.io.progress import log_to_stderr
 from medmax_jax.storage import lease
 from medmax_jax.storage.atomic_folder import private_umask
 from medmax_jax.storage.folder import Folder, StoredFile
-from medmax_jax.storage.gcs import LOCK_OBJECT, MISSING, ConflictError, StorageError
+from medmax_jax.storage.gcs import (
+    LOCK_OBJECT,
+    MISSING,
+    ConflictError,
+    StorageError,
+    configured_seconds,
+)
 
 SYNC = 30.0  # seconds between two uploads of changed files
 SYNC_VARIABLE = "MEDMAX_SYNC_SECONDS"
@@ -58,11 +64,6 @@ class Workdir:
     def url(self, name: str) -> str:
         """Return the path of a file or folder below, local or gs://."""
         return f"{self.path.rstrip('/')}/{name}"
-
-
-def log_to_stderr(line: str) -> None:
-    """Print a line to stderr, since stdout may be JSON."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -279,14 +280,18 @@ def local_copy(path: str, *, skip: Sequence[str] = (), only: str = "") -> Path:
     if not copy.is_dir():
         for old in parent.glob(f"{own}-*"):
             shutil.rmtree(old, ignore_errors=True)
-        with private_umask():
+        with private_umask(), contextlib.ExitStack() as stack:
             parent.mkdir(exist_ok=True)
-            partial = Path(tempfile.mkdtemp(dir=parent, prefix="partial-"))
+            temporary = tempfile.TemporaryDirectory(dir=parent, prefix="partial-")
+            partial = Path(stack.enter_context(temporary)) / "copy"
+            partial.mkdir()
             for name in stored:
                 remote.download(name, partial / name)
-        with contextlib.suppress(FileExistsError, OSError):  # another process was faster
-            partial.rename(copy)
-        shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.rename(copy)
+            except OSError:
+                if not copy.is_dir():  # else another process was faster
+                    raise
     return copy
 
 
@@ -321,14 +326,10 @@ def staging_folder() -> Path:
 
 def sync_seconds() -> float:
     """Return SYNC, or what the environment states."""
-    text = os.environ.get(SYNC_VARIABLE) or str(SYNC)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 3600:
-        raise StorageError(f"{SYNC_VARIABLE}={text}: use seconds from 0.1 to 3600, such as 30")
-    return seconds
+    return configured_seconds(
+        SYNC_VARIABLE, SYNC, lambda seconds: 0.1 <= seconds <= 3600,
+        fix="use seconds from 0.1 to 3600, such as 30",
+    )  # fmt: skip
 
 
 def _local_folder(path: str, purpose: str) -> Path:

@@ -1,6 +1,6 @@
 """Starts a run: checks before anything is loaded, the lock, the state to resume from.
 
-checked -> workdir_lock -> mesh, data, run_metadata
+checked -> open_workdir -> mesh, data, run_metadata
     -> restore_checkpoint (one that checkpoints/resume.py accepts) -> load_or_init_weights
 dry_run: the same from shapes alone, up to the compiled first step
 """

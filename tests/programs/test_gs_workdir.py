@@ -72,7 +72,7 @@ def committed(gs: str) -> list[str]:
 
 def killed_run(words, gs: str, url: str, faults: Faults, stage, kills: int, seed: int) -> list[str]:
     """Start and kill the run; `stage` is another folder for each start, as of another machine."""
-    pick, told = random.Random(seed), []
+    pick, lines = random.Random(seed), []
     for number in range(kills):
         before = len(committed(gs))
         process = begin(words, gs, variables(url, stage / str(number)))
@@ -85,11 +85,11 @@ def killed_run(words, gs: str, url: str, faults: Faults, stage, kills: int, seed
         else:
             time.sleep(pick.random() * 0.5)
         kill(process)
-        told.append(
+        lines.append(
             f"kill {number + 1}, {'inside an upload' if number % 2 else 'at a random moment'}: "
             f"steps {', '.join(committed(gs))} committed"
         )
-    return told
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_a_killed_run_equals_the_uninterrupted_one(words, server, tmp_path, monk
     gs, seed = f"gs://bucket/{tmp_path.name}/run", random.randrange(1000)
     faults = Faults(seed, share=0.02 if kills == 1 else 0.08)
     with faulty(server, faults) as url:
-        told = killed_run(words, gs, url, faults, tmp_path, kills, seed)
+        lines = killed_run(words, gs, url, faults, tmp_path, kills, seed)
         status, output = finish(begin(words, gs, variables(url, tmp_path / "last")))
     assert status == cli.DONE and "resuming after step" in output, output
     killed = fetched(gs, tmp_path / "killed")
     assert same_numbers(killed, whole) and same_state(killed, whole), f"seed {seed}"
     assert set(rows(killed, "train")) == set(rows(whole, "train")) and faults.done["slow"]
     assert not [n for n in gcs.Bucket(gs).generations() if n.startswith(".lease")]
-    print("\n".join([*told, f"requests: {dict(faults.done)}; 0 bits differ (seed {seed})"]))
+    print("\n".join([*lines, f"requests: {dict(faults.done)}; 0 bits differ (seed {seed})"]))
 
 
 def test_flipped_bits_of_stored_checkpoints_are_found(words, server, tmp_path, monkeypatch):
