@@ -63,23 +63,16 @@ from medmax_jax.data.sources.row import (
     first_file,
 )
 from medmax_jax.endpoints.egress import LICENCE_BOUND, OPEN
+from medmax_jax.eval.benchmarks.card import Item, item_row
 from medmax_jax.io import text_files
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
 
-Item = dict[str, Any]  # "image_bytes": where the format embeds them
 YES_NO = "closed, but not answered by yes or no"
 MAX_JSON = 1 << 27  # bytes of a file that must be read completely; PathMMU's has some 30 MB
 QUESTION_WORDS = ("what", "where", "when", "how", "why", "who", "which")
 _QUILT, _LLAVA = "quiltvqa_test_w_ans.json", "llava_med_eval_qa50_qa.jsonl"
 _PATH_MMU_SPLITS = ("test", "test_tiny")
-
-
-def _item(name: str, place: RowLocation, kind: str, **fields: Any) -> Item:
-    fields.setdefault("slices", {})
-    fields["slices"] = {k: str(v) for k, v in fields["slices"].items() if v not in (None, "")}
-    id_ = place.id(name).replace("/", "-")
-    return dict(task_name=name, question_type=kind, id=id_, data_class=LICENCE_BOUND) | fields
 
 
 def _of_row(row: Row, name: str, place: RowLocation, kind: str | None, **fields: Any) -> Item:
@@ -91,7 +84,7 @@ def _of_row(row: Row, name: str, place: RowLocation, kind: str | None, **fields:
         if not is_closed:
             raise ExcludedRow(YES_NO)
         answer = answer.strip().rstrip(".").lower()
-    return _item(
+    return item_row(
         name,
         place,
         kind,
@@ -158,7 +151,7 @@ def _quilt_vqa(place: RowLocation, item: dict[str, Any]) -> Item:
     image = field_image_path(item, "image", "images")
     group = pathlib.PurePosixPath(image).name
     fields = dict(prompt=prompt, answer=answer, image_path=image, group=group)
-    return _item("quilt_vqa", place, kind, **fields, context=str(item.get("context") or ""))
+    return item_row("quilt_vqa", place, kind, **fields, context=str(item.get("context") or ""))
 
 
 def _pmc_vqa(name: str, files: Sequence[str], folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
@@ -226,7 +219,7 @@ def _path_mmu_row(subset: str, place: RowLocation, item: dict[str, Any]) -> Item
     prompt = vqa.choice_text(field_text(item, "question"), by_letter)
     image = field_image_path(item, "img", "images")
     fields = dict(prompt=prompt, answer=letters[0], image_path=image, group=image)
-    return _item("path_mmu", place, "mcq", **fields, slices={"subset": subset})
+    return item_row("path_mmu", place, "mcq", **fields, slices={"subset": subset})
 
 
 def _probmed(place: RowLocation, item: dict[str, Any]) -> Item:
@@ -240,7 +233,7 @@ def _probmed(place: RowLocation, item: dict[str, Any]) -> Item:
     slices = {"question_type": question_type, "modality_organ": item.get("image_type")}
     fields = dict(prompt=field_text(item, "question"), answer=answer, image_path=image)
     group = field_text(item, "id")
-    return _item("probmed", place, "closed", **fields, group=group, slices=slices)
+    return item_row("probmed", place, "closed", **fields, group=group, slices=slices)
 
 
 def _llava_med(place: RowLocation, item: dict[str, Any]) -> Item:
@@ -259,7 +252,7 @@ def _llava_med(place: RowLocation, item: dict[str, Any]) -> Item:
         raise RowError("text: no question")
     image = field_image_path(item, "image", "images")
     fields = dict(prompt=prompt, answer=answer, image_path=image)
-    return _item("visual_chat", place, kind, **fields, group=field_text(item, "pair_id"))
+    return item_row("visual_chat", place, kind, **fields, group=field_text(item, "pair_id"))
 
 
 def _pmc_oa(folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
@@ -280,7 +273,7 @@ def _pmc_oa_row(name: str, root: str, place: RowLocation, item: dict[str, Any]) 
         prompt=caption if generates else "Please describe this picture.",
         answer="" if generates else caption,
     )
-    return _item(name, place, "pmc_oa", **texts, image_path=image, group=article)
+    return item_row(name, place, "pmc_oa", **texts, image_path=image, group=article)
 
 
 def _array_reader(name: str, make: Callable[[RowLocation, dict[str, Any]], Item]):

@@ -4,10 +4,10 @@ eval/suite.py prints it. To extend it, write a TaskSpec, and if its rows have a 
 reader in eval/tasks/benchmark_readers.py.
 """
 
-import dataclasses
 from collections.abc import Mapping
 
 from medmax_jax.endpoints.egress import CREDENTIALED, LICENCE_BOUND, OPEN
+from medmax_jax.eval.benchmarks.card import Published, TaskSpec
 
 SITE = "the authors' site, results table"
 CHART = "a chart on the authors' site, by eye"
@@ -25,43 +25,6 @@ EXPECTED_ROWS = {  # of a benchmark's own test files, by name in eval/tasks/benc
     "llava_med": 193,  # the file
 }
 RELEASED = "mint-medmax/medmax_eval_data, split train; gated"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Published:
-    """Holds a published score. `metric`: its metric, which may differ from this suite's."""
-
-    model: str
-    value: float
-    metric: str
-    read: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskSpec:
-    """Describes one task. `counts`: of its rows, in its own form; None: not published.
-
-    left_out: rows that the benchmark assigns to the task and the suite leaves out, because they are
-    called closed and are not answered by yes or no. counted: the source of the numbers. metric: the
-    headline, as summary.json names it. differs: how the published evaluation differs from this
-    suite's strict mode.
-    """
-
-    task: str
-    title: str
-    family: str
-    source: str
-    revision: str
-    split: str
-    counts: int | None
-    counted: str
-    licence: str
-    data_class: str
-    prompt: str
-    metric: str
-    differs: str
-    published: tuple[Published, ...] = ()
-    left_out: int = 0
 
 
 MODELS = (
@@ -179,16 +142,7 @@ def _published(task: str) -> tuple[Published, ...]:
 
 
 def _task_spec(task: str, title: str, family: str, **fields) -> TaskSpec:
-    defaults = dict(
-        revision="not pinned: its publisher tags no revision",
-        split="test",
-        counts=None,
-        counted="",
-        data_class=LICENCE_BOUND,
-        prompt="the row's",
-        differs=DIFFERS[family],
-        published=_published(task),
-    )
+    defaults = dict(differs=DIFFERS[family], published=_published(task))
     return TaskSpec(task=task, title=title, family=family, **defaults | fields)
 
 

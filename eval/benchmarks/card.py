@@ -1,0 +1,63 @@
+"""Defines the card of a task, and the row that a reader of a benchmark's files yields.
+
+    {"task_name": "slake", "question_type": "closed", "prompt": "Is it a CT?", "answer": "yes",
+     "image_path": "imgs/xmlab1/source.jpg", "id": "slake-test-0000002", "group": "xmlab1",
+     "slices": {"modality": "CT", "organ": "Lung"}, "data_class": "open"}
+"""
+
+import dataclasses
+from typing import Any
+
+from medmax_jax.data.records.row_streams import RowLocation
+from medmax_jax.endpoints.egress import LICENCE_BOUND
+
+Item = dict[str, Any]  # "image_bytes": where the format embeds them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """Holds a published score. `metric`: its metric, which may differ from this suite's."""
+
+    model: str
+    value: float
+    metric: str
+    read: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """Describes one task: its card.
+
+    counts: of its rows, in its own form; None: not published. counted: the source of the numbers.
+    left_out: rows that the benchmark assigns to the task and the suite leaves out, because they are
+    called closed and are not answered by yes or no. metric: the headline, as summary.json names it.
+    differs: how the published evaluation differs from this suite's strict mode. own_scorer: the
+    benchmark's own code that the metric was compared with, at its commit, and on how many outputs
+    they agree. run_by: other frameworks that run it.
+    """
+
+    task: str
+    title: str
+    family: str
+    source: str
+    licence: str
+    metric: str
+    revision: str = "not pinned: its publisher tags no revision"
+    split: str = "test"
+    counts: int | None = None
+    counted: str = ""
+    left_out: int = 0
+    data_class: str = LICENCE_BOUND
+    prompt: str = "the row's"
+    differs: str = ""
+    published: tuple[Published, ...] = ()
+    own_scorer: str = ""
+    run_by: str = ""
+
+
+def item_row(name: str, place: RowLocation, kind: str, **fields: Any) -> Item:
+    """Return an item in the MedMax schema; empty slices are left out, fields replace defaults."""
+    fields.setdefault("slices", {})
+    fields["slices"] = {k: str(v) for k, v in fields["slices"].items() if v not in (None, "")}
+    id_ = place.id(name).replace("/", "-")
+    return dict(task_name=name, question_type=kind, id=id_, data_class=LICENCE_BOUND) | fields
