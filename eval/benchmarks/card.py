@@ -1,8 +1,8 @@
 """Defines the card of a task, and the row that a reader of a benchmark's files yields.
 
-    {"task_name": "slake", "question_type": "closed", "prompt": "Is it a CT?", "answer": "yes",
-     "image_path": "imgs/xmlab1/source.jpg", "id": "slake-test-0000002", "group": "xmlab1",
-     "slices": {"modality": "CT", "organ": "Lung"}, "data_class": "open"}
+{"task_name": "slake", "question_type": "closed", "prompt": "Is it a CT?", "answer": "yes",
+ "image_path": "imgs/xmlab1/source.jpg", "id": "slake-test-0000002", "group": "xmlab1",
+ "slices": {"modality": "CT", "organ": "Lung"}, "data_class": "open"}
 """
 
 import dataclasses
