@@ -45,11 +45,18 @@ def get_config() -> ConfigDict:
     config.counts.image_generation = -1  # the MedMax release takes the first 100 rows of each
     config.counts.multimodal = -1
     config.counts.visual_chat = -1
+    config.counts.vqa_numeric = -1
+    config.counts.image_editing = -1
+    config.counts.multimodal_generation = -1
     config.mode = "strict"  # of generation: 16 tokens for a closed answer or a letter
     config.prompt = "sft"  # wording; chameleon: a base model, chat: a chat model (tasks/items.py)
+    config.shots = 0  # examples before a question; -1: those that a row brings (tasks/shots.py)
+    config.perturbation = ""  # of the images shown; kvasir: as Kvasir-VQA-x1 publishes its own
     config.baselines = "constant,majority,random"  # baseline scores next to every score
     config.probes = "blank,shuffled,swapped,rotated"  # is the image used, is the order used
-    config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # probed families
+    config.probe_families = (  # families to probe
+        "vqa_closed,vqa_mcq,vqa_open,vqa_numeric,captioning,visual_chat"
+    )
     config.options = True  # also: likelihoods of the options, and calibration from them
     config.scorers = ""  # of images: biomedclip:FOLDER is the published score
     config.train_records = ""  # folder of training records, for contamination; empty: unknown

@@ -49,13 +49,20 @@ def get_config() -> ConfigDict:
             image_generation=16,
             multimodal=8,
             visual_chat=-1,
+            vqa_numeric=-1,
+            image_editing=-1,
+            multimodal_generation=-1,
         )
     )
     config.mode = "strict"  # of generation; paper: the MedMax release's prompts, with its limits
     config.prompt = "sft"  # the release's sft, chameleon or default; chat: for chat models
+    config.shots = 0  # examples before a question; -1: those that a row brings (tasks/shots.py)
+    config.perturbation = ""  # of the images shown; kvasir: as Kvasir-VQA-x1 publishes its own
     config.baselines = "blind,constant,majority,random"  # blind: see eval/models/baselines.py
     config.probes = "blank,shuffled,swapped,rotated"  # the same questions with changed inputs
-    config.probe_families = "vqa_closed,vqa_mcq,vqa_open,captioning,visual_chat"  # probed families
+    config.probe_families = (  # families to probe
+        "vqa_closed,vqa_mcq,vqa_open,vqa_numeric,captioning,visual_chat"
+    )
     config.options = True  # also: the likelihoods of the options of closed and mcq questions
     config.scorers = ""  # of images: efficientnet_lite0:WHEEL, biomedclip:FOLDER
     config.train_records = ""  # folder of training records; empty: contamination unknown

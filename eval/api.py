@@ -17,6 +17,7 @@ from medmax_jax.eval.config import EvalError, Settings, pinned
 from medmax_jax.eval.models import base, loading
 from medmax_jax.eval.pipeline import judging, stages
 from medmax_jax.eval.tasks import items, selection
+from medmax_jax.eval.tasks.shots import with_shots
 
 
 def evaluate(
@@ -63,7 +64,10 @@ def evaluate(
         eval_set = selection.load_eval_set(settings)
     else:
         eval_set = selection.EvalSet(
-            items=list(tasks), train=[], training_images=[], folder=Path(images)
+            items=with_shots(tasks, tasks, settings.shots, seed=settings.seed),
+            train=[],
+            training_images=[],
+            folder=Path(images),
         )
     return _evaluate_object(model, settings, eval_set, workdir, progress)
 

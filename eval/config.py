@@ -13,6 +13,8 @@ class EvalError(ValueError):
     """
 
 
+MAX_SHOTS = 32  # examples before a question
+PERTURBATIONS = ("", "kvasir")  # of images that are shown; "" for none
 # The fields of every record from which a score, a page or a comparison is computed.
 RECORD = ("id", "task", "family", "prompt", "answer", "image", "group", "text")
 
@@ -28,6 +30,9 @@ class Counts:
     image_generation: int
     multimodal: int
     visual_chat: int
+    vqa_numeric: int
+    image_editing: int
+    multimodal_generation: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,8 @@ class Settings:
     counts: Counts
     mode: str
     prompt: str
+    shots: int
+    perturbation: str
     baselines: tuple[str, ...]
     probes: tuple[str, ...]
     probe_families: tuple[str, ...]
@@ -95,6 +102,16 @@ class Settings:
     resamples: int
     mesh: Mesh
     sample: Sample
+
+    def __post_init__(self):
+        if not -1 <= self.shots <= MAX_SHOTS:
+            raise EvalError(
+                f"config.shots is {self.shots}; use 0 for none, 1 to {MAX_SHOTS}, or -1 for all "
+                "that a row brings"
+            )
+        if self.perturbation not in PERTURBATIONS:
+            names = " or ".join(map(repr, PERTURBATIONS))
+            raise EvalError(f"config.perturbation is {self.perturbation!r}; use {names}")
 
 
 def pinned(settings: Settings) -> Settings:

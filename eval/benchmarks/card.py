@@ -10,6 +10,7 @@ from typing import Any
 
 from medmax_jax.data.records.row_streams import RowLocation
 from medmax_jax.endpoints.egress import LICENCE_BOUND
+from medmax_jax.eval.metrics.question_sets import OwnScores, QuestionSets
 
 Item = dict[str, Any]  # "image_bytes": where the format embeds them
 
@@ -33,7 +34,8 @@ class TaskSpec:
     called closed and are not answered by yes or no. metric: the headline, as summary.json names it.
     differs: how the published evaluation differs from this suite's strict mode. own_scorer: the
     benchmark's own code that the metric was compared with, at its commit, and on how many outputs
-    they agree. run_by: other frameworks that run it.
+    they agree. own_scores: the scores that it gives to the records of the task. sets: questions
+    that count together. run_by: other frameworks that run it.
     """
 
     task: str
@@ -52,12 +54,21 @@ class TaskSpec:
     differs: str = ""
     published: tuple[Published, ...] = ()
     own_scorer: str = ""
+    own_scores: OwnScores | None = None
+    sets: QuestionSets | None = None
     run_by: str = ""
 
 
 def item_row(name: str, place: RowLocation, kind: str, **fields: Any) -> Item:
-    """Return an item in the MedMax schema; empty slices are left out, fields replace defaults."""
+    """Return an item in the MedMax schema; empty slices are left out, fields replace defaults.
+
+    The value of a slice is a text, or a list of texts where the item belongs to several slices.
+    """
     fields.setdefault("slices", {})
-    fields["slices"] = {k: str(v) for k, v in fields["slices"].items() if v not in (None, "")}
+    fields["slices"] = {
+        k: v if isinstance(v, list) else str(v)
+        for k, v in fields["slices"].items()
+        if v not in (None, "", [])
+    }
     id_ = place.id(name).replace("/", "-")
     return dict(task_name=name, question_type=kind, id=id_, data_class=LICENCE_BOUND) | fields

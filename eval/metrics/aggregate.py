@@ -5,22 +5,25 @@
     the same records   -> the scoring of the release (release.py), next to them
 
 A row is {task, family, metric, mode, n, groups, few_groups, value, ci_low, ci_high, best,
-n_unparsed, n_unscored, n_errors, scored_only, judge_sd, mde, paper, paper_n, headline}. `value`
-counts what could not be parsed or judged as wrong, `best` as right; `scored_only` is the value if
-it were dropped. `mde`: minimum detectable effect. One group has no interval and no mde (None).
+n_unparsed, n_unscored, n_errors, scored_only, judge_sd, mde, paper, paper_n, own, own_n,
+headline}. `value` counts what could not be parsed or judged as wrong, `best` as right;
+`scored_only` is the value if it were dropped. `mde`: minimum detectable effect. One group has no
+interval and no mde (None). `paper`: the score by the MedMax release; `own`: by the code of another
+benchmark.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medmax_jax.eval.metrics import per_record, release, strict
+from medmax_jax.eval.metrics import per_record, question_sets, release, strict
 from medmax_jax.eval.metrics.per_record import NO_INPUTS, Record, ScoringInputs
 from medmax_jax.eval.stats import intervals
 
 PRIMARY = ("vqa_closed", "accuracy")
 NO_RELEASE_SCORE = {"paper": None, "paper_n": None, "paper_why": ""}
-PROBMED = "probmed_closed"
-KIND = "question_type"  # the slice with the question type of ProbMed
+NO_OWN_SCORE = {"own": None, "own_n": None}
+NO_CARDS: Mapping[str, question_sets.Card] = {}
 
 
 def record_values(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str, float]:
@@ -42,8 +45,12 @@ def summary(
     *,
     mode: str,
     resampling: intervals.Resampling,
+    cards: Mapping[str, question_sets.Card] = NO_CARDS,
 ) -> list[dict[str, Any]]:
-    """Return the rows of every task and metric. `mode`: of the generation of the records."""
+    """Return the rows of every task and metric. `mode`: of the generation of the records.
+
+    cards: of the tasks, by name: the sets of their questions, and their benchmark's own scores.
+    """
     rows = []
     for task, task_records in tasks_of(records).items():
         scores_by_metric: dict[str, list[tuple[Record, strict.ItemScore]]] = {}
@@ -55,14 +62,24 @@ def summary(
             metric_row(metric, inputs, scored_records, resampling=resampling)
             for metric, scored_records in scores_by_metric.items()
         ]
-        if task == PROBMED:
-            task_rows += paired_accuracy(task_records, inputs, resampling=resampling)
-        release_by_metric = release.release_scores(task_records, inputs)
+        card = cards.get(task)
+        if card and card.sets:
+            task_rows += [
+                metric_row(metric, inputs, scored_sets, resampling=resampling)
+                for metric, scored_sets in question_sets.set_scores(
+                    task_records, inputs, card.sets
+                ).items()
+            ]
+        own_by_metric = card.own_scores(task_records) if card and card.own_scores else {}
+        # Those of another benchmark's own code take the place of the MedMax release's.
+        release_by_metric = {} if own_by_metric else release.release_scores(task_records, inputs)
         for number, row in enumerate(task_rows):
             metric, family = row.pop("metric"), task_records[0]["family"]
             head = dict(task=task, family=family, metric=metric, mode=mode)
             paper = release_by_metric.get(metric, NO_RELEASE_SCORE)
-            rows.append(head | row | paper | {"headline": number == 0})
+            own = own_by_metric.get(metric)
+            own = dataclasses.asdict(own) if own else NO_OWN_SCORE
+            rows.append(head | row | paper | own | {"headline": number == 0})
     return rows
 
 
@@ -164,28 +181,6 @@ def relative_score_row(
         )
         | {name: comparison[name] for name in ("mean_of_ratios", "win", "tie", "loss")}
     ]
-
-
-def paired_accuracy(
-    records: Sequence[Record], inputs: ScoringInputs, *, resampling: intervals.Resampling
-) -> list[dict[str, Any]]:
-    """Return ProbMed's paired accuracy, overall and by question type.
-
-    An image counts as right only if all questions of one type about it are answered correctly.
-    """
-    kinds = [dict(r["slices"]).get(KIND, "") for r in records]
-    item_scores = [per_record.record_scores(r, inputs)["accuracy"] for r in records]
-    keys = [(r["image"], kind) for r, kind in zip(records, kinds, strict=True)]
-    first = {key: r for key, r in reversed(list(zip(keys, records, strict=True)))}
-    merged = strict.all_correct_by_key(item_scores, keys)
-    rows = []
-    for kind in ("", *sorted({k for k in kinds if k})):
-        scored_records = [
-            (first[key], v) for key, v in merged.items() if not kind or key[1] == kind
-        ]
-        name = f"paired_accuracy {kind}".strip()
-        rows.append(metric_row(name, inputs, scored_records, resampling=resampling))
-    return rows
 
 
 def scores(

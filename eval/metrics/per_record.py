@@ -7,6 +7,7 @@
     vqa_closed        accuracy
     vqa_mcq           accuracy
     vqa_open          judge_correct, exact, token_f1
+    vqa_numeric       mra, within_5, within_10, within_20, within_50
     captioning        S_image_text, S_caption_caption, S_combined, S_recall_1, S_recall_5,
                       token_f1, rouge_l, fact_recall
     image_generation  S_image_text, S_image_image, S_recall_1, S_recall_5, modality_match
@@ -38,6 +39,8 @@ CORRECT, RELATIVE = "correct", "relative"
 PAPER_OPEN, PAPER_RELATIVE = "paper_open", "paper_relative"
 PAIRWISE_FAMILIES = ("multimodal", "visual_chat")  # families that a judge compares with a reference
 RECALLS = (1, 5)
+ROUNDING = 1e-9  # of an error that is exactly the tolerance
+TOLERANCES = (5, 10, 20, 50)  # percent of the reference, of within_5 to within_50
 PREFIX = {"biomedclip": "clip", "efficientnet_lite0": "efficientnet"}
 IMAGE_ONLY_SCORERS = ("efficientnet_lite0",)
 IMAGE_METRICS = {
@@ -116,6 +119,8 @@ def record_scores(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str
     family, text, answer = record["family"], answer_text(record), record["answer"]
     if family in ("vqa_closed", "vqa_mcq"):
         scores = {"accuracy": _accuracy(record)}
+    elif family == "vqa_numeric":
+        scores = _numeric_scores(record)
     elif family == "vqa_open":
         scores = _correctness_score(record, inputs)
         scores["exact"] = strict.scored(text_metrics.exact(text, answer))
@@ -154,6 +159,21 @@ def _accuracy(record: Record) -> ItemScore:
         return strict.choice(text, answer, prompt)
     except strict.StrictError as error:  # the row is invalid: report it after all others
         return strict.unscored(str(error))
+
+
+def _numeric_scores(record: Record) -> dict[str, ItemScore]:
+    """Return the relative accuracy, and whether the answer is within a tolerance."""
+    try:
+        accuracy = strict.number(answer_text(record), record["answer"])
+    except strict.StrictError as error:
+        accuracy = strict.unscored(str(error))
+    scores = {"mra": accuracy}
+    for percent in TOLERANCES:
+        within = accuracy
+        if accuracy.value is not None:
+            within = strict.scored(1 - accuracy.value <= percent / 100 + ROUNDING)
+        scores[f"within_{percent}"] = within
+    return scores
 
 
 def _correctness_score(record: Record, inputs: ScoringInputs) -> dict[str, ItemScore]:

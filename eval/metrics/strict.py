@@ -19,6 +19,12 @@ from medmax_jax.eval.metrics import text as text_metrics
 SCORED, UNPARSED, UNSCORED = "scored", "unparsed", "unscored"
 MIN_SCORE, MAX_SCORE = 1.0, 10.0  # the range of a judge's score in a comparison
 
+# Not a digit of a word or a unit: T2, cm3, mm^2.
+_NUMBER = re.compile(r"(?<![\w.^])[-+]?(?:\d[\d,.]*|\.\d+)(?:[eE][-+]?\d{1,2}\b)?", re.ASCII)
+_NUMERAL = re.compile(
+    r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,30})?(?:\.\d{0,30})?(?:[eE][-+]?\d{1,2})?", re.ASCII
+)
+
 
 class StrictError(ValueError):
     """Raised for scores that cannot be computed; the message names the value and the fix."""
@@ -94,6 +100,44 @@ def choice(raw: str, answer: str, prompt: str) -> ItemScore:
     choice("It is MRI", "B", "Which?\\nA: CT\\nB: MRI") is 1.
     """
     return _matched("vqa_mcq", raw, answer, prompt)
+
+
+def number(raw: str, answer: str) -> ItemScore:
+    """Score a numeric question by its relative accuracy, max(0, 1 - |x - reference| / |reference|).
+
+    number("about 90 mL", "100") is 0.9; number("3 to 5 cm", "4") is unparsed. A reference of 0
+    accepts 0 alone.
+    """
+    expected = parse_number(answer)
+    if expected is None:
+        raise StrictError(f"answer {answer!r} is not one number; fix the row")
+    parsed = parse_number(raw)
+    if parsed is None:
+        return unparsed(f"{raw[:60]!r} does not state one number")
+    return scored(relative_accuracy(parsed, expected))
+
+
+def relative_accuracy(value: float, reference: float) -> float:
+    """Return max(0, 1 - |value - reference| / |reference|); of a reference of 0 whether equal."""
+    if reference == 0:
+        return float(value == 0)
+    return max(0.0, 1.0 - abs(value - reference) / abs(reference))
+
+
+def parse_number(text: str) -> float | None:
+    """Parse the number that an answer states; None for none, for several and for a range.
+
+    "1,234.5 mm" is 1234.5, and "-2e3" is -2000; "12 of 20", "3-5" and "1.234,5" are None. The same
+    number may be repeated. A digit of a word or a unit is no number: "T2", "cm3", "mm^2".
+    """
+    text = re.sub(r"(?<=\d)\s*[x×*]\s*(?=\d)", " ", text.replace("\u2212", "-"))
+    if re.search(r"\d\s*\^", text):
+        return None
+    found = [match.rstrip(".,") for match in _NUMBER.findall(text)]
+    if not found or not all(map(_NUMERAL.fullmatch, found)):
+        return None
+    values = {float(numeral.replace(",", "")) for numeral in found}
+    return values.pop() if len(values) == 1 else None
 
 
 def parse_correctness(reply: str) -> ItemScore:

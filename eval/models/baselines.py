@@ -1,6 +1,6 @@
 """Computes baselines: answers that require no image and no model.
 
-constant   yes, A, empty text, a gray image
+constant   yes, A, 0, empty text, a gray image
 majority   the most common reference of the task: the best score of any single answer
 random     yes or no, a letter of the question, another item's reference; by the seed and id
 blind      the most common training answer of the question's template
@@ -17,17 +17,20 @@ import PIL.Image
 from medmax_jax.eval.metrics import aggregate, text
 from medmax_jax.eval.models.base import ModelRequest, Segment
 from medmax_jax.eval.stats import intervals
+from medmax_jax.eval.tasks import catalog
 from medmax_jax.eval.tasks.items import FAMILIES, Item
 from medmax_jax.models import images
 from medmax_jax.storage import image_paths
 
 BLIND = "the most common training answer of each question's template, without the image"
 DESCRIPTIONS = {
-    "constant": "yes, A, and an empty text",
+    "constant": "yes, A, 0, and an empty text",
     "majority": "the most common reference answer of each task: the best score of a single answer",
     "random": "yes or no, a letter, or another question's reference, by the seed",
 }
 KINDS = tuple(DESCRIPTIONS)
+CONSTANT = {"vqa_closed": "yes", "vqa_mcq": "A", "vqa_numeric": "0"}
+LOWER_IS_BETTER = ("unparsed", "confusion")
 GRAY_SIDE = 256  # pixels
 
 
@@ -55,7 +58,7 @@ def baseline_answers(kind: str, items: Sequence[Item], *, seed: int) -> dict[str
     answers = {}
     for item in items:
         if kind == "constant":
-            answers[item.id] = {"vqa_closed": "yes", "vqa_mcq": "A"}.get(item.family, "")
+            answers[item.id] = CONSTANT.get(item.family, "")
         elif kind == "majority":
             answers[item.id] = best[item.task]
         else:
@@ -111,7 +114,7 @@ def baseline_scores(
     for name in (name for name in names if name != "blind"):
         answers = baseline_answers(name, items, seed=resampling.seed)
         answered = aggregate.with_answers(text_records, answers)
-        scores = aggregate.summary(answered, mode=mode, resampling=resampling)
+        scores = aggregate.summary(answered, mode=mode, resampling=resampling, cards=catalog.TASKS)
         baselines.append(dict(name=name, says=DESCRIPTIONS[name], scores=scores))
     return baselines
 
@@ -127,7 +130,7 @@ def attach_baselines(
             for score in baseline["scores"]
             if (score["task"], score["metric"]) == (row["task"], row["metric"])
         ]
-        best = min if row["metric"] in ("unparsed",) else max
+        best = min if row["metric"] in LOWER_IS_BETTER else max
         row["baseline"], row["baseline_name"] = best(values) if values else (None, "")
 
 

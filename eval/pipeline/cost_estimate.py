@@ -1,11 +1,13 @@
 """Estimates an evaluation before it runs: requests, tokens, judge calls, price and minutes.
 
-Input tokens of images and text are counted as medmax_jax/endpoints/cached_chat_api.py does, output
-tokens are the bound of each family: both are upper bounds of what is paid for. Minutes come from
-the rate at which this workdir was filled before; without such a rate none is stated, and the rate
-of the first batches is reported instead.
+Input tokens of images and text, those of the shots too, are counted as
+medmax_jax/endpoints/cached_chat_api.py does, output tokens are the bound of each family: both are
+upper bounds of what is paid for. Minutes come from the rate at which this workdir was filled
+before; without such a rate none is stated, and the rate of the first batches is reported instead.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from medmax_jax.endpoints.chat_api import TransientError, check_ready, cost
 from medmax_jax.eval.config import Settings
 from medmax_jax.eval.models import base, loading
 from medmax_jax.eval.models import endpoint as endpoint_model
-from medmax_jax.eval.pipeline import inference, judging
+from medmax_jax.eval.pipeline import inference, judging, perturbation
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes
 from medmax_jax.eval.tasks.selection import EvalSet, Shard
@@ -40,8 +42,8 @@ def estimate_cost(
     left, probe_items = _remaining_items(settings, eval_set, spec, workdir, shard)
     calls = cached_chat_api.known_replies(shard.file(workdir / loading.CALLS))
     parts = [
-        _tokens(settings, spec, _requests(settings, eval_set, left), calls),
-        _bound(settings, spec, _requests(settings, eval_set, probe_items)),
+        _tokens(settings, spec, _requests(settings, eval_set, left, workdir), calls),
+        _bound(settings, spec, _requests(settings, eval_set, probe_items, workdir)),
     ]
     estimate = dict(
         items=len(shard_items),
@@ -75,7 +77,7 @@ def check_endpoint(
     endpoint = endpoint_model.make_endpoint(spec.where, settings.service, field="service")
     modes = endpoint_model.EndpointModel.modes
     left, probe_requests = (
-        [request for request in _requests(settings, eval_set, items) if request.mode in modes]
+        [r for r in _requests(settings, eval_set, items, workdir) if r.mode in modes]
         for items in _remaining_items(settings, eval_set, spec, workdir, shard)
     )
     for data_class in {request.data_class for request in (*left, *probe_requests)}:
@@ -115,12 +117,22 @@ def _without_record(items: Sequence[task_items.Item], out: Path) -> list[task_it
 
 
 def _requests(
-    settings: Settings, eval_set: EvalSet, items: Sequence[task_items.Item]
+    settings: Settings,
+    eval_set: EvalSet,
+    items: Sequence[task_items.Item],
+    workdir: Path | None = None,
 ) -> list[base.ModelRequest]:
-    return [
+    """Return the requests; images that were perturbed in the workdir before are those images."""
+    requests = [
         inference.make_request(item, eval_set.folder, settings.mode, settings.prompt)
         for item in items
     ]
+    if not settings.perturbation or workdir is None:
+        return requests
+    changed = functools.partial(
+        perturbation.perturbed_parts, folder=workdir / perturbation.FOLDER, write=False
+    )
+    return [dataclasses.replace(r, parts=changed(r.parts, r.id)) for r in requests]
 
 
 def _judge_cost(

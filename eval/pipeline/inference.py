@@ -26,6 +26,7 @@ from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import per_record, release
 from medmax_jax.eval.models import base
 from medmax_jax.eval.models.base import ModalityClassifier
+from medmax_jax.eval.pipeline import perturbation
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks.selection import WHOLE, Shard
 from medmax_jax.io import journal as io_journal
@@ -50,6 +51,7 @@ def run_items(
     prompt: str = "sft",
     shard: Shard = WHOLE,
     facts: dict[str, str] | None = None,
+    perturbed: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Return one record per item, in their order; `out` is the JSONL file that is appended to.
 
@@ -60,13 +62,14 @@ def run_items(
     classify_modality: predicts the modality of a generated image; with None the record has None.
     window: items that a model receives at once. shard: runs and returns that part alone. facts:
     fingerprints that every record has; a record with others belongs to another run and raises.
+    perturbed: the folder of perturbed images; None: the images are shown as they are.
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     per_record.check_names(shard_files(out))
     items = [item for n, item in enumerate(items) if n % shard.count == shard.index]
     runner = _ItemRunner(
-        model, mode, prompt, Path(images_folder), out, classify_modality, facts or {}
+        model, mode, prompt, Path(images_folder), out, classify_modality, facts or {}, perturbed
     )
     with _other_shards(out, shard) as other_records, open_journal(shard.file(out)) as journal:
         own_records = io_journal.checked(journal.rows, ("id",), journal.path)
@@ -125,10 +128,14 @@ class _ItemRunner:
     out: Path
     classify_modality: ModalityClassifier | None
     facts: dict[str, str]
+    perturbed: Path | None
 
     def batches(self, items: Sequence[task_items.Item]):
         """Yield lists of records in the order in which the model completes its answers."""
-        requests = [make_request(item, self.folder, self.mode, self.prompt) for item in items]
+        requests = [
+            make_request(item, self.folder, self.mode, self.prompt, perturbed=self.perturbed)
+            for item in items
+        ]
         for batch, seconds in _timed(_batches(self.model, requests)):
             seconds_per_item = round(seconds / len(batch), 4)
             timing = {"seconds": seconds_per_item}
@@ -178,15 +185,26 @@ class _ItemRunner:
 
 
 def make_request(
-    item: task_items.Item, folder: Path, mode: str, prompt: str = "sft"
+    item: task_items.Item,
+    folder: Path,
+    mode: str,
+    prompt: str = "sft",
+    *,
+    perturbed: Path | None = None,
 ) -> base.ModelRequest:
-    """Return the request that a model receives for an item; raise EvalError on another mode."""
+    """Return the request that a model receives for an item; raise EvalError on another mode.
+
+    perturbed: the folder into which perturbed images are written, see perturbation.py.
+    """
     if mode not in task_items.MODES:
         raise EvalError(f"mode is {mode!r}; use one of {', '.join(task_items.MODES)}")
     family = task_items.FAMILIES[item.family]
+    parts = task_items.prompt_parts(item, folder, prompt)
+    if perturbed is not None:
+        parts = perturbation.perturbed_parts(parts, item.id, perturbed)
     return base.ModelRequest(
         id=item.id,
-        parts=task_items.prompt_parts(item, folder, prompt),
+        parts=parts,
         mode=family.mode,
         max_tokens=family.tokens[mode],
         data_class=item.data_class,

@@ -61,10 +61,11 @@ def score(
     out: str | Path,
     progress: Callable[[str], None],
     window: int,
+    perturbed: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Return one line per item with options, in order; [] for models without likelihoods.
 
-    The lines that `out` already holds are kept.
+    The lines that `out` already holds are kept. perturbed: as in inference.run_items.
     """
     scorer = getattr(model, "score_options", None)
     if scorer is None:
@@ -84,7 +85,7 @@ def score(
         for start in range(0, len(todo), window):
             window_items = todo[start : start + window]
             requests = [
-                inference.make_request(item, Path(images_folder), mode, prompt)
+                inference.make_request(item, Path(images_folder), mode, prompt, perturbed=perturbed)
                 for item in window_items
             ]
             with report_waiting("options: scoring", progress):

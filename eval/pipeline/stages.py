@@ -35,11 +35,12 @@ from medmax_jax.eval.pipeline import (
     inference,
     judging,
     option_likelihoods,
+    perturbation,
 )
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.stats import intervals
+from medmax_jax.eval.tasks import catalog, probes
 from medmax_jax.eval.tasks import items as task_items
-from medmax_jax.eval.tasks import probes
 from medmax_jax.eval.tasks.selection import WHOLE, EvalSet, Shard, check_images, load_eval_set
 from medmax_jax.generation import requests
 from medmax_jax.io import journal
@@ -49,6 +50,8 @@ from medmax_jax.storage import hub
 from medmax_jax.storage.atomic_folder import private_umask
 from medmax_jax.storage.workdir import Workdir
 
+# The facts of a run.json of before 2027, which has no such names.
+SHOWN_BEFORE = {"shots": 0, "perturbation": ""}
 SWAPPED = "the same model, shown an image of another group: the effect of the image"
 
 
@@ -75,6 +78,11 @@ class EvalRun:
     def resampling(self) -> intervals.Resampling:
         return intervals.Resampling(self.settings.seed, self.settings.resamples)
 
+    @property
+    def perturbed(self) -> Path | None:
+        """Return the folder of perturbed images; None where the images are shown as they are."""
+        return self.workdir / perturbation.FOLDER if self.settings.perturbation else None
+
     def supported_items(self, items) -> list:
         """Return the items that require an answer of a kind that the model can write."""
         modes = getattr(self.loaded.model, "modes", None)
@@ -88,7 +96,10 @@ class EvalRun:
         folder: Path | None = None,
         classify_modality: ModalityClassifier | None = None,
     ) -> list[dict[str, Any]]:
-        """Return the records of items, in WORKDIR/NAME.jsonl, run with the settings."""
+        """Return the records of items, in WORKDIR/NAME.jsonl, run with the settings.
+
+        folder: of the images, if not that of the items; these are not perturbed.
+        """
         return inference.run_items(
             self.loaded.model,
             items,
@@ -101,6 +112,7 @@ class EvalRun:
             shard=self.shard,
             facts=self.facts,
             classify_modality=classify_modality,
+            perturbed=None if folder else self.perturbed,
         )
 
 
@@ -174,8 +186,13 @@ def export_items(settings: Settings, out: str | Path) -> int:
     eval_set = load_eval_set(settings)
     check_images(eval_set)
     check_prompts(eval_set)
+    perturbed = Path(out).absolute().parent / perturbation.FOLDER if settings.perturbation else None
     to_request = functools.partial(
-        inference.make_request, folder=eval_set.folder, mode=settings.mode, prompt=settings.prompt
+        inference.make_request,
+        folder=eval_set.folder,
+        mode=settings.mode,
+        prompt=settings.prompt,
+        perturbed=perturbed,
     )
     with _file_modes(eval_set):
         predictions.export_items(eval_set.items, map(to_request, eval_set.items), Path(out))
@@ -309,6 +326,8 @@ def check_workdir(
         "sample": to_dict(settings.sample),
         "mode": settings.mode,
         "prompt": settings.prompt,
+        "shots": settings.shots,
+        "perturbation": settings.perturbation,
         "model": spec.fingerprint,
         "adapter": spec.adapter_digest,
         "items": hashlib.sha256(items.encode()).hexdigest(),
@@ -317,7 +336,7 @@ def check_workdir(
     if write and any(map(task_items.is_credentialed, eval_set.items)):
         os.chmod(workdir, 0o700)  # it may have existed
     if path.exists():
-        for name, value in _run_facts(path).items():
+        for name, value in (SHOWN_BEFORE | _run_facts(path)).items():
             if facts.get(name) != value:
                 raise EvalError(
                     f"{workdir} holds an evaluation with another {name}; use a new --workdir"
@@ -329,7 +348,10 @@ def check_workdir(
         )
     elif write:
         journal.write_json(path, facts)
-    answer_settings = json.dumps([facts["sample"], settings.mode, settings.prompt]).encode()
+    shown = {name: facts[name] for name in SHOWN_BEFORE if facts[name] != SHOWN_BEFORE[name]}
+    answer_settings = json.dumps(
+        [facts["sample"], settings.mode, settings.prompt, *([shown] if shown else [])]
+    ).encode()
     model = "+".join(part for part in (spec.fingerprint, spec.adapter_digest) if part)
     return {
         "model": model,
@@ -423,6 +445,7 @@ def score_options(run: EvalRun) -> list[dict[str, Any]] | None:
         out=run.workdir / option_likelihoods.OPTIONS,
         progress=run.progress,
         window=run.settings.window,
+        perturbed=run.perturbed,
     )
 
 
@@ -485,7 +508,9 @@ def build_summary(
     """Return the content of summary.json: scores, baselines and provenance."""
     spec, mode, resampling = run.loaded.spec, run.settings.mode, run.resampling
     inputs = per_record.read(run.workdir, judge=judge["judge"] if judge else None)
-    scores = aggregate.summary(records, inputs, mode=mode, resampling=resampling)
+    scores = aggregate.summary(
+        records, inputs, mode=mode, resampling=resampling, cards=catalog.TASKS
+    )
     baseline_scores = baselines.baseline_scores(
         run.settings.baselines, run.eval_set.items, records, mode=mode, resampling=resampling
     )

@@ -24,6 +24,16 @@ METRICS: Mapping[str, str] = {
     f"equal; {HIGHER}",
     "paired_accuracy": "share of images all of whose questions of one type are answered "
     f"correctly; {HIGHER}",
+    "set_accuracy": "share of sets of questions all of which are answered correctly, such as one "
+    f"question about two images; {HIGHER}",
+    "confusion": "share of sets whose questions all get the same option; unparsed ones count as "
+    f"such; {LOWER}",
+    "mra": "mean relative accuracy of a number: 1 minus its relative error, at least 0; unparsed "
+    f"answers count as 0; {HIGHER}",
+    **{
+        f"within_{percent}": f"share of numbers within {percent} % of the reference; {HIGHER}"
+        for percent in (5, 10, 20, 50)
+    },
     "kid": "kernel inception distance between the generated and the real images, of the "
     f"scorer's embeddings; 0: equal distributions; {LOWER}",
     "diversity": "mean distance of two generated images; compare with that of the references",
@@ -55,6 +65,8 @@ COLUMNS: Mapping[str, str] = {
     "evaluation of this size detects with 80 % power; lower is better",
     "as released": "the same answers, scored as the MedMax release does, including its errors; for "
     "comparison with published numbers only",
+    "own scoring": "the same answers, scored as the benchmark's own code does; for comparison with "
+    "its published numbers only",
     "best baseline": "highest score of an answer that uses neither the image nor a model",
     "model minus baseline": "difference of the scores on the same items; above 0: the model is "
     "better, except for unparsed",
@@ -73,6 +85,9 @@ COLUMNS: Mapping[str, str] = {
     "shuffled": "the images of the task in a new order",
     "swapped": "the image of another group",
     "rotated_all": "correct under every rotation of the options",
+    "zero_shot": "the question without the examples before it",
+    "shots_reversed": "the examples before the question in the reverse order",
+    "shot_distractor": "one more example before the question, which is irrelevant",
     "empty": "answers without text and image",
     "unscored": "answers that the judge or a scorer failed to score; they count as wrong",
     "errors": "items whose request failed; they count as wrong",

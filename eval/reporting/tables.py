@@ -20,7 +20,10 @@ EXAMPLES_PER_KIND = 3  # examples of each kind
 EXAMPLE_CHARS = 200  # characters of an example
 FEW_MARK = "†"  # of intervals over fewer groups than intervals.FEW
 PERCENT = 100.0
-OURS = {"BiomedCLIP image-image cosine": "clip_image_image"}  # where it is not the headline
+OURS = {  # where it is not the metric of the card
+    "BiomedCLIP image-image cosine": "clip_image_image",
+    "confusion, %": "confusion",
+}
 BLIND = "blind"  # the entry of summary["baselines"] that another model answered
 CLOSED = ("vqa_closed", "vqa_mcq")
 
@@ -63,6 +66,7 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "at best": row.get("best"),
             "MDE": row.get("mde"),
             "as released": row.get("paper"),
+            "own scoring": row.get("own"),
             "best baseline": max(
                 baselines.get((row["task"], row["metric"]), {}).values(), default=None
             ),
@@ -111,6 +115,7 @@ def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "value": row["value"],
                 "95 % interval": interval(row),
                 "as released": row.get("paper"),
+                "own scoring": row.get("own"),
             }
             for row in rows
         ]
@@ -123,7 +128,7 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     The metric is the published one, and the rows have the scores of both.
     """
     tables_by_metric: dict[str, list[dict[str, Any]]] = {}
-    families: dict[str, list[str]] = {}
+    differences: dict[str, list[str]] = {}
     for head in headlines(summary["scores"]) if is_suite(summary) else ():
         spec = catalog.task_spec(head["task"], head.get("family", ""))
         for metric_name in dict.fromkeys(p.metric for p in spec.published) if spec else ():
@@ -133,18 +138,20 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
             ]
             row = matching[0] if matching else None
             scale = 1.0 if "cosine" in metric_name else PERCENT
-            released = row.get("paper") if row else None
+            released, own = (row.get(name) if row else None for name in ("paper", "own"))
             cells = {
                 "task": head["task"],
                 "here": format_metric(row["value"], scale) if row else None,
                 "95 % interval": interval(row, scale) if row else None,
                 "as released": None if released is None else format_metric(released, scale),
             }
+            if own is not None:
+                cells["own scoring"] = format_metric(own, scale)
             cells |= {p.model: p.value for p in spec.published if p.metric == metric_name}
             tables_by_metric.setdefault(metric_name, []).append(cells)
-            families.setdefault(metric_name, []).append(spec.family)
+            differences.setdefault(metric_name, []).append(spec.differs)
     return [
-        (metric, _equal(rows), [catalog.DIFFERS[name] for name in dict.fromkeys(families[metric])])
+        (metric, _equal(rows), [line for line in dict.fromkeys(differences[metric]) if line])
         for metric, rows in tables_by_metric.items()
     ]
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from medmax_jax.endpoints.egress import CREDENTIALED, LICENCE_BOUND, OPEN
 from medmax_jax.eval.benchmarks.card import Published, TaskSpec
+from medmax_jax.eval.metrics.question_sets import QuestionSets
 
 SITE = "the authors' site, results table"
 CHART = "a chart on the authors' site, by eye"
@@ -259,6 +260,9 @@ _TASKS = (
         counted="README.md of github.com/eric-ai-lab/ProbMed",
         licence="MIT: its page on huggingface.co; images of MedICaT and ChestX-ray14",
         metric="accuracy",
+        sets=QuestionSets(
+            metric="paired_accuracy", key=("image", "question_type"), by="question_type"
+        ),
         differs=f"{DIFFERS['vqa_closed']}; the poster counts ProbMed as multiple choice, its rows "
         "are closed questions",
     ),

@@ -1,12 +1,13 @@
-"""Defines families of tasks and items, made from rows of the MedMax release's schema.
+"""Defines items, made from rows of the MedMax release's schema.
 
     {"task_name": "image_captioning", "question_type": "pmc_oa", "prompt": ..., "answer": ...,
      "image_path": ..., "id": ..., "group": ..., "template": ...}
          ->  Item(task="captioning_pmc_oa", family="captioning", ...)
 
-A family defines how a question is posed and scored; a task is one row of the tables. `id`, `group`
-(patient or volume) and `template` are this project's additions: without them a row is identified
-by its number, its image and its family.
+A family (families.py) defines how a question is posed and scored; a task is one row of the tables.
+`id`, `group` (patient or volume), `template`, `slices`, `shots` and `reference_image` are this
+project's additions: without an id, a group and a template a row is identified by its number, its
+image and its family.
 """
 
 import collections
@@ -22,62 +23,27 @@ from medmax_jax.data.release import chat_answers
 from medmax_jax.data.sample.phrases import NOUNS
 from medmax_jax.data.sources.vqa import choice_text
 from medmax_jax.endpoints import egress
+from medmax_jax.eval.config import MAX_SHOTS
 from medmax_jax.eval.metrics import strict as metrics_strict
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.tasks import catalog
+from medmax_jax.eval.tasks.families import (
+    FAMILIES,
+    FAMILY_BY_QUESTION_TYPE,
+    FAMILY_BY_TASK,
+    SEVERAL_IMAGES,
+    WITH_REFERENCE,
+    TaskError,
+)
 from medmax_jax.io.errors import printable
 from medmax_jax.storage import image_paths
 from medmax_jax.storage.image_paths import is_inside
 
-
-class TaskError(ValueError):
-    """Raised for rows that cannot be evaluated; the message names the row and the fix."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """Defines a kind of task. `tokens`: at most, of an answer's text, by generation mode."""
-
-    mode: str  # text | image | mixed
-    shows_image: bool
-    answer_format: str  # of the prompt `chat`, and of exported items
-    tokens: Mapping[str, int]
-
-
-def _tokens(*, paper: int, strict: int) -> Mapping[str, int]:
-    return {"paper": paper, "strict": strict}
-
-
-FAMILIES = {  # the release's bounds: vqa.py:24-31, visual_chat.py, mm_out.py, image_text.py
-    "vqa_closed": Family(mode="text", shows_image=True, answer_format="yes or no",
-                         tokens=_tokens(paper=1, strict=16)),
-    "vqa_mcq": Family(mode="text", shows_image=True, answer_format="the letter of one option",
-                      tokens=_tokens(paper=1, strict=16)),
-    "vqa_open": Family(mode="text", shows_image=True, answer_format="a word or a short phrase",
-                       tokens=_tokens(paper=60, strict=60)),
-    "captioning": Family(mode="text", shows_image=True, answer_format="complete sentences",
-                         tokens=_tokens(paper=4_096, strict=4_096)),
-    "image_generation": Family(mode="image", shows_image=False, answer_format="an image",
-                               tokens=_tokens(paper=60, strict=60)),
-    "multimodal": Family(mode="mixed", shows_image=False, answer_format="text and images",
-                         tokens=_tokens(paper=1_024, strict=1_024)),
-    "visual_chat": Family(mode="text", shows_image=True, answer_format="complete sentences",
-                          tokens=_tokens(paper=4_096, strict=4_096)),
-}  # fmt: skip
-MODES = ("paper", "strict")
-# The release's task_name -> family; all others are question answering, by question_type.
-FAMILY_BY_TASK = {
-    "image_captioning": "captioning",
-    "image_generation": "image_generation",
-    "mm_out": "multimodal",
-    "visual_chat": "visual_chat",
-}
 CHAMELEON = {  # the release's wordings for the base model
     "vqa_closed": " and respond 'yes' or 'no'",
     "vqa_open": "",
     "vqa_mcq": " and respond 'A', 'B', 'C', or 'D'",
 }
-FAMILY_BY_QUESTION_TYPE = {"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open"}
 # Verbatim: part of the data.
 CAPTION_PROMPT = "Please describe this picture."  # the release's prompt, whatever the row has
 DETAILED_PROMPT = "Analyze the image in a comprehensive and detailed manner."  # likewise
@@ -87,8 +53,27 @@ _LETTERED = r"(?<!\w)([A-Ba-b])\s*[:.)]"  # options of a form that metrics/text.
 OPTION_FIELDS = ("options", "choices")
 # The first three are the release's prompt processors, eval_utils.py; `chat` is this project's.
 PROMPTS = ("sft", "chameleon", "default", "chat")
+ANSWER_FORMS = {  # that a reference must have
+    "vqa_closed": "yes or no",
+    "vqa_mcq": "one of the question's options (use its letter)",
+    "vqa_numeric": "one number",
+}
 FACTS = ("body_part", "organ", "view", "plane", "sequence", "stain", "finding")
 SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: their task is their family
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shot:
+    """Holds one example that precedes a question. `id`: of the item it is, "" for a row's own.
+
+    images: shown with its prompt. answer_images: a part of its answer.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    images: tuple[str, ...] = ()
+    answer_images: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +84,8 @@ class Item:
     scores are also grouped. context: the description of the image for a judge. data_class: the
     class that medmax_jax/endpoints/egress.py checks before anything leaves the machine. released:
     (name, value) of the row that only the release's scoring uses, and the position of its image.
-    further_images: those after the first, of a question about several images.
+    further_images: those after the first, of a question about several images. reference_image: the
+    expected one, of a family that also shows one. shots: the examples before the question.
     """
 
     id: str
@@ -117,11 +103,20 @@ class Item:
     data_class: str
     released: tuple[tuple[str, str], ...] = ()
     further_images: tuple[str, ...] = ()
+    reference_image: str = ""
+    shots: tuple[Shot, ...] = ()
 
     @property
     def images(self) -> tuple[str, ...]:
         """Return all images, in order; () for a generation task without a reference image."""
         return (self.image, *self.further_images) if self.image else ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Return the images of the question, of its reference and of its shots."""
+        reference = (self.reference_image,) if self.reference_image else ()
+        of_shots = (image for s in self.shots for image in (*s.images, *s.answer_images))
+        return (*self.images, *reference, *of_shots)
 
 
 def from_rows(
@@ -149,10 +144,10 @@ def from_rows(
             shown = f"the id of {place}" if credentialed else f"id {item.id!r}"
             raise TaskError(f"{shown} occurs more than once; give every row a unique id")
         ids.add(item.id)
-    credentialed = {i for item in items if is_credentialed(item) for i in item.images}
+    credentialed = {i for item in items if is_credentialed(item) for i in item.files}
     return [
         dataclasses.replace(item, data_class=egress.CREDENTIALED)
-        if credentialed & set(item.images)
+        if credentialed & set(item.files)
         else item
         for item in items
     ]
@@ -169,15 +164,16 @@ def item_name(item: Item, number: int) -> str:
 
 
 def item_fields(item: Item) -> dict[str, Any]:
-    """Return the fields of an item as stored in records; `further_images` only if present."""
+    """Return the fields of an item as stored in records; the last three only where they are set."""
     fields = dataclasses.asdict(item)
-    if not item.further_images:
-        del fields["further_images"]
+    for name in ("further_images", "reference_image", "shots"):
+        if not fields[name]:
+            del fields[name]
     return fields
 
 
 def prompt_parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ...]:
-    """Return the request in order: the image's file if the family shows it, and the text.
+    """Return the request in order: the shots, the image's file if the family shows it, and the text.
 
     `prompt`: one of PROMPTS, which sets the wording; `uses_end_of_turn` states what follows it.
     Where the release's `default` stops (captions without text, generation with no image to open)
@@ -185,12 +181,37 @@ def prompt_parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | 
     prompt:
         prompt_parts(Item(prompt="Is <image> older than <image>?", ...), f)
         ->  ("Is", f/a.png, "older than", f/b.png, "?")
+    A shot is a question in the same wording, and its answer:
+        prompt_parts(Item(prompt="And here?", shots=(Shot(prompt="What?", answer="A CT"),), ...), f)
+        ->  (f/shot.png, "What?\nAnswer: A CT\n\n", f/a.png, "And here?")
     """
+    parts: list[Path | str] = []
+    for shot in item.shots:
+        parts += _shot_parts(item, shot, folder, prompt)
+    return (*parts, *_question_parts(item, folder, prompt))
+
+
+def _shot_parts(item: Item, shot: Shot, folder: Path, prompt: str) -> list[Path | str]:
+    first, *further = shot.images or ("",)
+    fields = dict(prompt=shot.prompt, image=first, further_images=tuple(further), released=())
+    question = dataclasses.replace(item, shots=(), **fields)
+    parts = list(_question_parts(question, folder, prompt))
+    text = parts.pop() if isinstance(parts[-1], str) else ""
+    text = text if text.endswith("Answer:") else f"{text}\nAnswer:".lstrip("\n")
+    answer = f" {shot.answer}\n\n" if shot.answer else ""
+    return [*parts, text + answer, *_resolved(item, shot.answer_images, folder)]
+
+
+def _resolved(item: Item, names: Sequence[str], folder: Path) -> tuple[Path, ...]:
+    label = "an image of a credentialed item" if is_credentialed(item) else ""
+    return tuple(image_paths.resolve(folder, name, label=label) for name in names)
+
+
+def _question_parts(item: Item, folder: Path, prompt: str) -> tuple[Path | str, ...]:
     text = prompt_text(item, prompt)
     if not FAMILIES[item.family].shows_image:
         return (text,)
-    label = "an image of a credentialed item" if is_credentialed(item) else ""
-    images = tuple(image_paths.resolve(folder, name, label=label) for name in item.images)
+    images = _resolved(item, item.images, folder)
     if IMAGE_PLACEHOLDER in text:
         return _interleaved(text, images)
     row_prompt = dict(item.released).get("prompt", "")
@@ -303,12 +324,54 @@ def _item(
         template=str(row.get("template") or family),
         facts=_facts(facts),
         modality=str(facts.get("modality", "")),
-        slices=tuple(sorted((str(k), str(v)) for k, v in slices.items() if v)),
+        slices=_slices(slices),
         further_images=images[1:],
+        reference_image=_reference_image(row, family, where, data_class),
+        shots=_shots(row, family, where, data_class),
         **fields | chat_fields,
     )
     _check_reference(item, where)
     return item
+
+
+def _slices(slices: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return (name, value) pairs; a list of values is one pair each."""
+    pairs = ((k, v if isinstance(v, list) else [v]) for k, v in slices.items())
+    return tuple(sorted((str(k), str(value)) for k, values in pairs for value in values if value))
+
+
+def _reference_image(row: Mapping[str, Any], family: str, where: str, data_class: str) -> str:
+    """Return the expected image of a family that also shows one, "" for the others."""
+    value = row.get("reference_image")
+    if family not in WITH_REFERENCE:
+        if value:
+            raise TaskError(
+                f"{where}: reference_image is set, but a {family} row has none; omit it"
+            )
+        return ""
+    names = _image_names(value, "reference_image", where, data_class) if value else ()
+    if len(names) != 1:
+        raise TaskError(f"{where}: reference_image is missing; a {family} row requires one path")
+    return names[0]
+
+
+def _shots(row: Mapping[str, Any], family: str, where: str, data_class: str) -> tuple[Shot, ...]:
+    """Return the row's own examples: a list of {"prompt", "answer", "image_path" or "images"}."""
+    rows = row.get("shots")
+    if not rows:
+        return ()
+    if not isinstance(rows, list) or len(rows) > MAX_SHOTS:
+        raise TaskError(f"{where}: shots is not a list of at most {MAX_SHOTS} examples")
+    shots = []
+    for number, shot in enumerate(rows, start=1):
+        place = f"{where}: shot {number}"
+        if not isinstance(shot, Mapping) or not all(
+            isinstance(shot.get(name), str) for name in ("prompt", "answer")
+        ):
+            raise TaskError(f"{place}: prompt or answer is missing; give both as strings")
+        images, prompt = _images_and_prompt(shot, family, place, data_class)
+        shots.append(Shot(id="", prompt=prompt, answer=shot["answer"], images=images))
+    return tuple(shots)
 
 
 def _where(number: int, row: Mapping[str, Any], place: str, data_class: str) -> str:
@@ -360,7 +423,7 @@ def _images_and_prompt(
     shows = FAMILIES[family].shows_image
     if shows and not images:
         raise TaskError(f"{where}: image_path is missing; a {family} row requires an image")
-    if len(images) > 1 and family not in FAMILY_BY_QUESTION_TYPE.values():
+    if len(images) > 1 and family not in SEVERAL_IMAGES:
         raise TaskError(
             f"{where}: {len(images)} images, but a {family} row accepts one; name one image"
         )
@@ -394,11 +457,14 @@ def _images(row: Mapping[str, Any], where: str, data_class: str) -> tuple[str, .
         return ()
     if len(fields) == 2 and row["image_path"] != row["images"]:
         raise TaskError(f"{where}: image_path and images differ; set only one of them")
-    value = row[fields[0]]
+    return _image_names(row[fields[0]], fields[0], where, data_class)
+
+
+def _image_names(value: Any, field: str, where: str, data_class: str) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple):
         raise TaskError(
-            f"{where}: {fields[0]} is of type {type(value).__name__}; expected a path, or a list "
+            f"{where}: {field} is of type {type(value).__name__}; expected a path, or a list "
             "of paths"
         )
     for number, name in enumerate(names, start=1):
@@ -407,7 +473,7 @@ def _images(row: Mapping[str, Any], where: str, data_class: str) -> tuple[str, .
             if data_class != egress.CREDENTIALED:
                 shown = printable(repr(name))
             raise TaskError(
-                f"{where}: {fields[0]}: {shown} leads out of the image folder; use a path "
+                f"{where}: {field}: {shown} leads out of the image folder; use a path "
                 "relative to it, without '..'"
             )
     return tuple(names)
@@ -474,14 +540,16 @@ def _check_reference(item: Item, where: str) -> None:
             metrics_strict.closed(item.answer, item.answer)
         elif item.family == "vqa_mcq":
             metrics_strict.choice(item.answer, item.answer, item.prompt)
+        elif item.family == "vqa_numeric":
+            metrics_strict.number(item.answer, item.answer)
     except metrics_strict.StrictError:
         shown = f"answer {printable(repr(item.answer), 60)}"
         if item.data_class == egress.CREDENTIALED:
             shown = "the answer"
-        form = "yes or no" if item.family == "vqa_closed" else "one of the question's options"
+        form = ANSWER_FORMS[item.family]
         raise TaskError(
-            f"{where}: {shown} cannot be read as {form}, so no reply could be correct; fix it "
-            "(use the letter of an option), or leave the row out"
+            f"{where}: {shown} cannot be read as {form}, so no reply could be correct; fix it, or "
+            "leave the row out"
         ) from None
 
 

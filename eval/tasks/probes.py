@@ -1,13 +1,19 @@
-"""Modifies questions to test whether a model uses the image and the option order.
+"""Modifies questions to test whether a model uses the image, the option order and the shots.
 
-    blank      the same gray image for every question
-    shuffled   the images of the task in a new order, none at its own question
-    swapped    an image of another group (patient, volume)
-    rotated_k  options of a multiple choice question rotated by k places, and the answer's letter
+    blank            the same gray image for every question, and in its shots
+    shuffled         the images of the task in a new order, none at its own question
+    swapped          an image of another group (patient, volume)
+    rotated_k        options of a multiple choice question rotated by k places, and the answer's
+                     letter
+    zero_shot        the question without its shots
+    shots_reversed   the shots in the reverse order
+    shot_distractor  one more shot, which is irrelevant
 
 Ids are kept, so that scores pair: each probe has records of its own, probe_NAME.jsonl, next to
-records.jsonl. The first three lower the scores of a model that uses the image; the last does not
-change those of a model that reads the options.
+records.jsonl. The first three lower the scores of a model that uses the image; `rotated` does not
+change those of a model that reads the options. The last three are of items with shots: the scores
+of a model that learns in context are lower without them, and the same in another order and with a
+distractor.
 
 Probes have no judge, since each would cost as much as the evaluation. Their metric is the first
 that both sides have without a judge: exact for open questions, token overlap for chats; for
@@ -36,10 +42,15 @@ from medmax_jax.eval.metrics.per_record import (
     answer_text,
 )
 from medmax_jax.eval.stats import intervals
-from medmax_jax.eval.tasks.items import FAMILIES, Item, TaskError, is_credentialed
+from medmax_jax.eval.tasks import shots
+from medmax_jax.eval.tasks.families import FAMILIES, TaskError
+from medmax_jax.eval.tasks.items import Item, Shot, is_credentialed
 
-NAMES = ("blank", "shuffled", "swapped", "rotated")
-IMAGE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.shows_image)
+SHOT_NAMES = ("zero_shot", "shots_reversed", "shot_distractor")
+NAMES = ("blank", "shuffled", "swapped", "rotated", *SHOT_NAMES)
+IMAGE_FAMILIES = tuple(  # those that show an image and expect text
+    name for name, family in FAMILIES.items() if family.shows_image and family.mode == "text"
+)
 ROTATED = "rotated_"
 BLANK, BLANK_SIDE, GRAY = "blank.png", 256, 128
 
@@ -129,9 +140,19 @@ def blank(items: Sequence[Item], folder: Path | None) -> list[Item]:
         folder.mkdir(parents=True, exist_ok=True)
         PIL.Image.new("RGB", (BLANK_SIDE, BLANK_SIDE), (GRAY,) * 3).save(folder / BLANK)
     return [
-        dataclasses.replace(item, image=BLANK, further_images=(BLANK,) * len(item.further_images))
+        dataclasses.replace(
+            item,
+            image=BLANK,
+            further_images=(BLANK,) * len(item.further_images),
+            shots=tuple(map(_blank_shot, item.shots)),
+        )
         for item in items
     ]
+
+
+def _blank_shot(shot: Shot) -> Shot:
+    blanks = {name: (BLANK,) * len(getattr(shot, name)) for name in ("images", "answer_images")}
+    return dataclasses.replace(shot, **blanks)
 
 
 def rotated(items: Sequence[Item], places: int) -> list[Item]:
@@ -194,7 +215,26 @@ def probe_items(
     )
     for places in range(1, most if "rotated" in names else 1):
         makers[f"{ROTATED}{places}"] = lambda seed, folder, k=places: rotated(probed_items, k)
-    return makers
+    return makers | _shot_probes(names, probed_items, items)
+
+
+def _shot_probes(
+    names: Sequence[str], probed_items: Sequence[Item], items: Sequence[Item]
+) -> dict[str, Callable[..., list[Item]]]:
+    requested = [name for name in SHOT_NAMES if name in names]
+    if requested and not any(item.shots for item in probed_items):
+        raise TaskError(
+            f"config.probes has {requested[0]!r}, but no item of config.probe_families has shots; "
+            "set config.shots, or leave it out of config.probes"
+        )
+    makers = {
+        "zero_shot": lambda seed, folder: shots.without_shots(probed_items),
+        "shots_reversed": lambda seed, folder: shots.reversed_shots(probed_items),
+        "shot_distractor": lambda seed, folder: shots.with_distractor(
+            probed_items, items, seed=seed
+        ),
+    }
+    return {name: makers[name] for name in requested}
 
 
 def captions_to_score(
@@ -297,6 +337,9 @@ def parsed_answer(record: Record) -> str:
         return text_metrics.options(record["prompt"]).get(letter or "", letter or "")
     if family == "vqa_closed":
         return strict.parse_answer(family, text, record["prompt"]) or ""
+    if family == "vqa_numeric":
+        number = strict.parse_number(answer_text(record))
+        return "" if number is None else str(number)
     return " ".join(text_metrics.tokens(answer_text(record)))
 
 

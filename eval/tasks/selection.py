@@ -9,6 +9,7 @@ from medmax_jax.data.sample.documents import eval_items
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.eval.tasks import shots
 from medmax_jax.generation.model_bundle import MAX_PIXELS
 from medmax_jax.io import text_files
 from medmax_jax.models import image_headers, images
@@ -102,7 +103,7 @@ def check_images(eval_set: EvalSet) -> None:
     labels: dict[str, str] = {}  # image -> its name in messages, "" for its path
     for number, item in enumerate(eval_set.items, start=1):
         label = f"the image of item number {number}" if task_items.is_credentialed(item) else ""
-        for image in item.images:
+        for image in item.files:
             labels[image] = labels.get(image) or label
     files = {i: image_paths.resolve(eval_set.folder, i, label=label) for i, label in labels.items()}
     missing = [labels[image] or image for image, file in files.items() if not file.is_file()]
@@ -139,10 +140,11 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _chosen(items: list[task_items.Item], settings: Settings) -> list[task_items.Item]:
     counts = dataclasses.asdict(settings.counts)
-    return [
+    chosen = [
         item
         for family, count in counts.items()
         for item in task_items.sample_items(
             [item for item in items if item.family == family], count, seed=settings.seed
         )
     ]
+    return shots.with_shots(chosen, items, settings.shots, seed=settings.seed)

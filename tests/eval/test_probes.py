@@ -15,8 +15,8 @@ from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.pipeline import contamination, option_likelihoods
 from medmax_jax.eval.stats.intervals import Resampling
+from medmax_jax.eval.tasks import catalog, probes
 from medmax_jax.eval.tasks import items as task_items
-from medmax_jax.eval.tasks import probes
 
 RESAMPLING = Resampling(0, 2_000)
 
@@ -85,10 +85,17 @@ def test_probes_and_their_numbers_of_items():
 
 
 def test_every_family_that_shows_an_image_can_be_probed():
-    assert set(ALL) == {"vqa_closed", "vqa_mcq", "vqa_open", "captioning", "visual_chat"}
+    assert set(ALL) == {
+        "vqa_closed",
+        "vqa_mcq",
+        "vqa_open",
+        "vqa_numeric",
+        "captioning",
+        "visual_chat",
+    }
     items = many() + [
         eval_setup.item(f"x_{family}", family, n)
-        for family in ("vqa_open", "captioning", "visual_chat", "image_generation")
+        for family in ("vqa_open", "vqa_numeric", "captioning", "visual_chat", "image_generation")
         for n in range(4)
     ]
     names = ("blank", "shuffled", "swapped", "rotated")
@@ -361,7 +368,10 @@ def test_probmed_pairs_are_right_together():
     records = [eval_setup.record(i, "yes") for i in items]  # yes to everything has no correct pair
     records[1]["text"] = "no"  # except for one pair
     rows = {
-        r["metric"]: r for r in aggregate.summary(records, mode="strict", resampling=RESAMPLING)
+        r["metric"]: r
+        for r in aggregate.summary(
+            records, mode="strict", resampling=RESAMPLING, cards=catalog.TASKS
+        )
     }
     assert rows["accuracy"]["value"] == 5 / 8 and rows["accuracy"]["headline"]
     assert (rows["paired_accuracy"]["value"], rows["paired_accuracy"]["n"]) == (1 / 4, 4)
@@ -369,7 +379,10 @@ def test_probmed_pairs_are_right_together():
     assert rows["paired_accuracy entity"]["value"] == 0
     records[0]["error"] = "refused"
     rows = {
-        r["metric"]: r for r in aggregate.summary(records, mode="strict", resampling=RESAMPLING)
+        r["metric"]: r
+        for r in aggregate.summary(
+            records, mode="strict", resampling=RESAMPLING, cards=catalog.TASKS
+        )
     }
     assert rows["accuracy"]["n_errors"] == rows["accuracy"]["n_unscored"] == 1
     assert rows["paired_accuracy"]["value"] == 0 and rows["paired_accuracy"]["best"] == 1 / 4

@@ -1,0 +1,95 @@
+"""Scores questions that count together, and defines a benchmark's own score of a task.
+
+    ProbMed         the questions of one type about an image    paired_accuracy, by question type
+    MediConfusion   one question about two images               set_accuracy, confusion
+
+A set is right only if all of its questions are. It is confused if all of its answers are the same
+option, which for MediConfusion means that the images were not told apart. A set with an answer that
+cannot be parsed counts as confused in `value`, and as not confused in `best`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from medmax_jax.eval.metrics import per_record, strict
+from medmax_jax.eval.metrics.per_record import Record, ScoringInputs
+from medmax_jax.eval.metrics.strict import ItemScore
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionSets:
+    """Describes the sets of a task. `metric`: the name of their score.
+
+    key: fields or slices of a record that together name its set. by: the one of them by which the
+    score is also given. confusion: whether the share of confused sets is also given.
+    """
+
+    metric: str
+    key: tuple[str, ...]
+    by: str = ""
+    confusion: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnScore:
+    """Holds a score as the benchmark's own code computes it, over `n` items or sets."""
+
+    own: float | None
+    own_n: int
+
+
+OwnScores = Callable[[Sequence[Record]], Mapping[str, OwnScore]]  # records of a task -> by metric
+
+
+class Card(Protocol):
+    """Defines what scoring reads of a task's card."""
+
+    @property
+    def sets(self) -> QuestionSets | None: ...
+
+    @property
+    def own_scores(self) -> OwnScores | None: ...
+
+
+def set_scores(
+    records: Sequence[Record], inputs: ScoringInputs, sets: QuestionSets
+) -> dict[str, list[tuple[Record, ItemScore]]]:
+    """Return metric -> (first record, score) of each set; "METRIC VALUE" for each value of `by`."""
+    keys = [_key(record, sets) for record in records]
+    item_scores = [per_record.record_scores(r, inputs)["accuracy"] for r in records]
+    first = {key: r for key, r in reversed(list(zip(keys, records, strict=True)))}
+    right = strict.all_correct_by_key(item_scores, keys)
+    rows = {sets.metric: [(first[key], score) for key, score in right.items()]}
+    if sets.by:
+        place = sets.key.index(sets.by)
+        for value in sorted({key[place] for key in right if key[place]}):
+            rows[f"{sets.metric} {value}"] = [
+                (first[key], score) for key, score in right.items() if key[place] == value
+            ]
+    if sets.confusion:
+        by_key: dict[tuple[str, ...], list[Record]] = {}
+        for key, record in zip(keys, records, strict=True):
+            by_key.setdefault(key, []).append(record)
+        rows["confusion"] = [(first[key], _confusion(members)) for key, members in by_key.items()]
+    return rows
+
+
+def _key(record: Record, sets: QuestionSets) -> tuple[str, ...]:
+    fields: Mapping[str, Any] = dict(record["slices"]) | dict(record)
+    return tuple(fields.get(name, "") for name in sets.key)
+
+
+def _confusion(records: Sequence[Record]) -> ItemScore:
+    """Return 1 if all answers are the same option; lower is better, so 1 is also the worst."""
+    failed = next((r["error"] for r in records if r.get("error")), "")
+    if failed:
+        return strict.unscored(failed, low=1.0, high=0.0)
+    parsed = {
+        strict.parse_answer(r["family"], per_record.answer_text(r), r["prompt"]) for r in records
+    }
+    if len(parsed - {None}) > 1:
+        return strict.scored(0.0)
+    if None in parsed:
+        return dataclasses.replace(strict.unparsed("an answer is unparsed"), low=1.0, high=0.0)
+    return strict.scored(1.0)
