@@ -18,7 +18,8 @@ from medmax_jax.eval.metrics import aggregate, text
 from medmax_jax.eval.models.base import ModelRequest, Segment
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import catalog
-from medmax_jax.eval.tasks.items import FAMILIES, Item
+from medmax_jax.eval.tasks.families import FAMILIES
+from medmax_jax.eval.tasks.items import Item
 from medmax_jax.models import images
 from medmax_jax.storage import image_paths
 

@@ -20,6 +20,7 @@ from medmax_jax.eval.models import endpoint as endpoint_model
 from medmax_jax.eval.pipeline import inference, judging, perturbation
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes
+from medmax_jax.eval.tasks.families import FAMILIES
 from medmax_jax.eval.tasks.selection import EvalSet, Shard
 from medmax_jax.io import journal
 
@@ -48,7 +49,7 @@ def estimate_cost(
     estimate = dict(
         items=len(shard_items),
         requests=len(left),
-        by_family={f: n for f in task_items.FAMILIES if (n := sum(i.family == f for i in left))},
+        by_family={f: n for f in FAMILIES if (n := sum(i.family == f for i in left))},
         probe_requests=len(probe_items),
         **_judge_cost(settings, eval_set, shard_items),
         **{name: _sum(part[name] for part in parts) for name in ("tokens_in", "tokens_out", "usd")},

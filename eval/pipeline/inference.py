@@ -28,6 +28,7 @@ from medmax_jax.eval.models import base
 from medmax_jax.eval.models.base import ModalityClassifier
 from medmax_jax.eval.pipeline import perturbation
 from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.eval.tasks.families import FAMILIES, MODES
 from medmax_jax.eval.tasks.selection import WHOLE, Shard
 from medmax_jax.io import journal as io_journal
 from medmax_jax.io.journal import Journal, open_journal
@@ -148,7 +149,7 @@ class _ItemRunner:
             texts, generated, codes = base.split_segments(answer, where=_item_label(item))
             error = ""
         predicted_modality = None
-        if self.classify_modality is not None and task_items.FAMILIES[item.family].mode != "text":
+        if self.classify_modality is not None and FAMILIES[item.family].mode != "text":
             # An answer without an image has no predicted modality.
             predicted_modality = (
                 self.classify_modality(codes[0], np.asarray(generated[0])) if generated else ""
@@ -196,9 +197,9 @@ def make_request(
 
     perturbed: the folder into which perturbed images are written, see perturbation.py.
     """
-    if mode not in task_items.MODES:
-        raise EvalError(f"mode is {mode!r}; use one of {', '.join(task_items.MODES)}")
-    family = task_items.FAMILIES[item.family]
+    if mode not in MODES:
+        raise EvalError(f"mode is {mode!r}; use one of {', '.join(MODES)}")
+    family = FAMILIES[item.family]
     parts = task_items.prompt_parts(item, folder, prompt)
     if perturbed is not None:
         parts = perturbation.perturbed_parts(parts, item.id, perturbed)
@@ -213,7 +214,7 @@ def make_request(
 
 
 def _windows(todo: Sequence[task_items.Item], window: int):
-    for family in task_items.FAMILIES:
+    for family in FAMILIES:
         part = [item for item in todo if item.family == family]
         for start in range(0, len(part), window):
             yield family, part[start : start + window]

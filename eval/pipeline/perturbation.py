@@ -4,7 +4,7 @@
     -> shifted by up to 10 %         -> brightness and contrast by 0.8 to 1.2, in random order
     -> JPEG of Pillow's default quality
 
-The operations are those that torchvision 0.2x runs on Pillow images, in the published order
+The operations are those that torchvision runs on Pillow images, in the published order
 (README.md of github.com/simula/Kvasir-VQA-x1 at 67903e52). The draws differ: the published ones are
 of torch's generator in four processes, which its script does not seed one by one, so no two runs
 of it agree. Here they are a function of the seed 42, the item's id and the image's position in the
@@ -55,10 +55,10 @@ def perturbed_parts(
     for part in parts:
         if isinstance(part, Path):
             path = folder / _file_name(item_id, number, part)
-            number += 1
             if write and not path.exists():
-                _write(part, path, draw_key=f"{SEED} {item_id} {number}")
+                _write(part, path, key=f"{SEED} {item_id} {number}")
             part = path if path.exists() else part
+            number += 1
         changed.append(part)
     return tuple(changed)
 
@@ -107,12 +107,12 @@ def _file_name(item_id: str, number: int, image: Path) -> str:
     return f"{digest[:32]}.jpg"
 
 
-def _write(source: Path, path: Path, *, draw_key: str) -> None:
+def _write(source: Path, path: Path, *, key: str) -> None:
     image = images.load(source, max_pixels=images.MAX_PIXELS)
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
     try:
-        apply(image, draw(image.size, draw_key)).save(partial, "JPEG")
+        apply(image, draw(image.size, key)).save(partial, "JPEG")
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -9,9 +9,6 @@ lock  -> plan -> answer -> options -> probe -> judge -> image scores -> summariz
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,22 +33,21 @@ from medmax_jax.eval.pipeline import (
     judging,
     option_likelihoods,
     perturbation,
+    run_facts,
 )
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import catalog, probes
 from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.eval.tasks.families import FAMILIES
 from medmax_jax.eval.tasks.selection import WHOLE, EvalSet, Shard, check_images, load_eval_set
 from medmax_jax.generation import requests
 from medmax_jax.io import journal
 from medmax_jax.io.progress import report_waiting
-from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.storage import hub
 from medmax_jax.storage.atomic_folder import private_umask
 from medmax_jax.storage.workdir import Workdir
 
-# The facts of a run.json of before 2027, which has no such names.
-SHOWN_BEFORE = {"shots": 0, "perturbation": ""}
 SWAPPED = "the same model, shown an image of another group: the effect of the image"
 
 
@@ -86,7 +82,7 @@ class EvalRun:
     def supported_items(self, items) -> list:
         """Return the items that require an answer of a kind that the model can write."""
         modes = getattr(self.loaded.model, "modes", None)
-        return [i for i in items if modes is None or task_items.FAMILIES[i.family].mode in modes]
+        return [i for i in items if modes is None or FAMILIES[i.family].mode in modes]
 
     def run_items(
         self,
@@ -259,7 +255,7 @@ def _run_named(
     limited = settings.service.max_usd is not None
     if not dry_run and not limited:
         cost_estimate.check_endpoint(*plan_inputs)
-    facts = check_workdir(work.folder, settings, spec, eval_set, write=not dry_run)
+    facts = run_facts.check_workdir(work.folder, settings, spec, eval_set, write=not dry_run)
     estimate = cost_estimate.estimate_cost(*plan_inputs)
     if not dry_run and limited:  # no connection is opened before the price is known to be allowed
         cost_estimate.check_endpoint(*plan_inputs)
@@ -310,70 +306,6 @@ def _stages(run: EvalRun) -> dict[str, Any] | None:
     with report_waiting("writing the report", run.progress):
         write_report(run, summary, records)
     return summary
-
-
-def check_workdir(
-    workdir: Path, settings: Settings, spec: loading.ModelSpec, eval_set: EvalSet, *, write: bool
-) -> dict[str, str]:
-    """Record what this workdir evaluates, or raise if it belongs to another evaluation.
-
-    Returns the fingerprints that every record has: of the model, the items, and the settings that
-    answers depend on.
-    """
-    per_record.check_names(workdir.glob("*.json*"))
-    items = json.dumps([_digest_fields(item) for item in eval_set.items], sort_keys=True)
-    facts = {
-        "sample": to_dict(settings.sample),
-        "mode": settings.mode,
-        "prompt": settings.prompt,
-        "shots": settings.shots,
-        "perturbation": settings.perturbation,
-        "model": spec.fingerprint,
-        "adapter": spec.adapter_digest,
-        "items": hashlib.sha256(items.encode()).hexdigest(),
-    }
-    path = workdir / "run.json"
-    if write and any(map(task_items.is_credentialed, eval_set.items)):
-        os.chmod(workdir, 0o700)  # it may have existed
-    if path.exists():
-        for name, value in (SHOWN_BEFORE | _run_facts(path)).items():
-            if facts.get(name) != value:
-                raise EvalError(
-                    f"{workdir} holds an evaluation with another {name}; use a new --workdir"
-                )
-    elif (workdir / "records.jsonl").exists():
-        raise EvalError(
-            f"{workdir} has records.jsonl but no run.json, so the model of its answers is unknown; "
-            "use a new --workdir"
-        )
-    elif write:
-        journal.write_json(path, facts)
-    shown = {name: facts[name] for name in SHOWN_BEFORE if facts[name] != SHOWN_BEFORE[name]}
-    answer_settings = json.dumps(
-        [facts["sample"], settings.mode, settings.prompt, *([shown] if shown else [])]
-    ).encode()
-    model = "+".join(part for part in (spec.fingerprint, spec.adapter_digest) if part)
-    return {
-        "model": model,
-        "data": facts["items"][:16],
-        "config": hashlib.sha256(answer_settings).hexdigest()[:16],
-    }
-
-
-def _run_facts(path: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(path)
-    except TextFileError as error:
-        raise EvalError(
-            f"{error}; the model of the answers is unknown: restore the file, or use a new "
-            "--workdir"
-        ) from error
-
-
-def _digest_fields(item: task_items.Item) -> dict[str, Any]:
-    """Return the fields of an item under the names that digests of items have always used."""
-    fields = task_items.item_fields(item)
-    return fields | {"kind": fields.pop("modality")}
 
 
 def check_prompts(eval_set: EvalSet) -> None:

@@ -173,7 +173,7 @@ def item_fields(item: Item) -> dict[str, Any]:
 
 
 def prompt_parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ...]:
-    """Return the request in order: the shots, the image's file if the family shows it, and the text.
+    """Return the request in order: the shots, the image's file if the family shows it, the text.
 
     `prompt`: one of PROMPTS, which sets the wording; `uses_end_of_turn` states what follows it.
     Where the release's `default` stops (captions without text, generation with no image to open)
@@ -345,9 +345,7 @@ def _reference_image(row: Mapping[str, Any], family: str, where: str, data_class
     value = row.get("reference_image")
     if family not in WITH_REFERENCE:
         if value:
-            raise TaskError(
-                f"{where}: reference_image is set, but a {family} row has none; omit it"
-            )
+            raise TaskError(f"{where}: a {family} row has no reference_image; omit the field")
         return ""
     names = _image_names(value, "reference_image", where, data_class) if value else ()
     if len(names) != 1:

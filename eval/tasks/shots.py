@@ -1,9 +1,9 @@
 """Puts examples (shots) before questions, for in-context learning, and modifies them for probes.
 
-    config.shots     a row with shots of its own (SMMILE)   any other row
-    0, the default   none                                   none
-    k                the first k of its own                 k items of its task, drawn by seed and id
-    -1               all of its own                         none
+    config.shots     a row with its own shots (SMMILE)   any other row
+    0, the default   none                                none
+    k                the first k of its own              k items of its task, by seed and id
+    -1               all of its own                      none
 
 Drawn items are never of the question's group (patient, volume) nor about one of its images. The
 item, and so its record, states the shots: of drawn ones the id, of all of them the content.
