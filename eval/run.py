@@ -36,7 +36,7 @@ log = logging.getLogger("medmax_jax.eval")
 # of each baseline.
 COLUMNS = (
     "task", "metric", "n", "groups", "few_groups", "value", "ci_low", "ci_high", "best", "baseline",
-    "baseline_name", "paper",
+    "baseline_name", "paper", "own",
 )  # fmt: skip
 
 

@@ -6,12 +6,14 @@
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from medmax_jax.data.records.row_streams import RowLocation
 from medmax_jax.endpoints.egress import LICENCE_BOUND
 
 Item = dict[str, Any]  # "image_bytes": where the format embeds them
+OwnRule = Callable[[str, Mapping[str, Any]], bool | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +33,11 @@ class TaskSpec:
     counts: of its rows, in its own form; None: not published. counted: the source of the numbers.
     left_out: rows that the benchmark assigns to the task and the suite leaves out, because they are
     called closed and are not answered by yes or no. metric: the headline, as summary.json names it.
-    differs: how the published evaluation differs from this suite's strict mode. own_scorer: the
-    benchmark's own code that the metric was compared with, at its commit, and on how many outputs
-    they agree. run_by: other frameworks that run it.
+    differs: how the published evaluation differs from this suite's strict mode. own_correct: the
+    benchmark's own rule, by a complete text and its record; None: it gives the answer no score. The
+    summary has its share of correct answers next to the strict metric. own_scorer: the benchmark's
+    code that this rule was compared with, at its commit, and on how many outputs they agree.
+    run_by: other frameworks that run it.
     """
 
     task: str
@@ -51,6 +55,7 @@ class TaskSpec:
     prompt: str = "the row's"
     differs: str = ""
     published: tuple[Published, ...] = ()
+    own_correct: OwnRule | None = None
     own_scorer: str = ""
     run_by: str = ""
 

@@ -5,12 +5,13 @@
     the same records   -> the scoring of the release (release.py), next to them
 
 A row is {task, family, metric, mode, n, groups, few_groups, value, ci_low, ci_high, best,
-n_unparsed, n_unscored, n_errors, scored_only, judge_sd, mde, paper, paper_n, headline}. `value`
-counts what could not be parsed or judged as wrong, `best` as right; `scored_only` is the value if
+n_unparsed, n_unscored, n_errors, scored_only, judge_sd, mde, paper, paper_n, own, own_n, headline}.
+`value` counts what could not be parsed or judged as wrong, `best` as right; `scored_only` is the value if
 it were dropped. `mde`: minimum detectable effect. One group has no interval and no mde (None).
 """
 
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from medmax_jax.eval.metrics import per_record, release, strict
@@ -19,6 +20,8 @@ from medmax_jax.eval.stats import intervals
 
 PRIMARY = ("vqa_closed", "accuracy")
 NO_RELEASE_SCORE = {"paper": None, "paper_n": None, "paper_why": ""}
+NO_OWN_SCORE = {"own": None, "own_n": None}
+OwnRules = Mapping[str, Callable[[str, Record], bool | None]]
 PROBMED = "probmed_closed"
 KIND = "question_type"  # the slice with the question type of ProbMed
 
@@ -42,8 +45,12 @@ def summary(
     *,
     mode: str,
     resampling: intervals.Resampling,
+    own_rules: OwnRules = types.MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """Return the rows of every task and metric. `mode`: of the generation of the records."""
+    """Return the rows of every task and metric. `mode`: of the generation of the records.
+
+    own_rules: task -> the rule of its benchmark, which replaces the release's scoring of the task.
+    """
     rows = []
     for task, task_records in tasks_of(records).items():
         scores_by_metric: dict[str, list[tuple[Record, strict.ItemScore]]] = {}
@@ -57,13 +64,28 @@ def summary(
         ]
         if task == PROBMED:
             task_rows += paired_accuracy(task_records, inputs, resampling=resampling)
-        release_by_metric = release.release_scores(task_records, inputs)
+        own_rule = own_rules.get(task)
+        release_by_metric = {} if own_rule else release.release_scores(task_records, inputs)
         for number, row in enumerate(task_rows):
             metric, family = row.pop("metric"), task_records[0]["family"]
             head = dict(task=task, family=family, metric=metric, mode=mode)
             paper = release_by_metric.get(metric, NO_RELEASE_SCORE)
-            rows.append(head | row | paper | {"headline": number == 0})
+            own = own_score(task_records, own_rule) if own_rule and number == 0 else NO_OWN_SCORE
+            rows.append(head | row | paper | own | {"headline": number == 0})
     return rows
+
+
+def own_score(
+    records: Sequence[Record], own_rule: Callable[[str, Record], bool | None]
+) -> dict[str, Any]:
+    """Return {own, own_n}: the share of records that a benchmark's own rule considers correct.
+
+    The rule reads the complete text, as the benchmark's code does; records that it gives no score
+    (None) are not counted.
+    """
+    verdicts = [own_rule(record["text"], record) for record in records]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    return {"own": sum(known) / len(known) if known else None, "own_n": len(known)}
 
 
 def not_judged(records: Sequence[Record], inputs: ScoringInputs = NO_INPUTS) -> list[str]:

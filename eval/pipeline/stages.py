@@ -38,8 +38,8 @@ from medmax_jax.eval.pipeline import (
 )
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.stats import intervals
+from medmax_jax.eval.tasks import catalog, probes
 from medmax_jax.eval.tasks import items as task_items
-from medmax_jax.eval.tasks import probes
 from medmax_jax.eval.tasks.selection import WHOLE, EvalSet, Shard, check_images, load_eval_set
 from medmax_jax.generation import requests
 from medmax_jax.io import journal
@@ -485,7 +485,9 @@ def build_summary(
     """Return the content of summary.json: scores, baselines and provenance."""
     spec, mode, resampling = run.loaded.spec, run.settings.mode, run.resampling
     inputs = per_record.read(run.workdir, judge=judge["judge"] if judge else None)
-    scores = aggregate.summary(records, inputs, mode=mode, resampling=resampling)
+    scores = aggregate.summary(
+        records, inputs, mode=mode, resampling=resampling, own_rules=catalog.OWN_RULES
+    )
     baseline_scores = baselines.baseline_scores(
         run.settings.baselines, run.eval_set.items, records, mode=mode, resampling=resampling
     )

@@ -55,6 +55,8 @@ COLUMNS: Mapping[str, str] = {
     "evaluation of this size detects with 80 % power; lower is better",
     "as released": "the same answers, scored as the MedMax release does, including its errors; for "
     "comparison with published numbers only",
+    "own rule": "share of the same answers that the benchmark's own code considers correct; for "
+    "comparison with published numbers only",
     "best baseline": "highest score of an answer that uses neither the image nor a model",
     "model minus baseline": "difference of the scores on the same items; above 0: the model is "
     "better, except for unparsed",

@@ -63,6 +63,7 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "at best": row.get("best"),
             "MDE": row.get("mde"),
             "as released": row.get("paper"),
+            "own rule": row.get("own"),
             "best baseline": max(
                 baselines.get((row["task"], row["metric"]), {}).values(), default=None
             ),
@@ -123,7 +124,7 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     The metric is the published one, and the rows have the scores of both.
     """
     tables_by_metric: dict[str, list[dict[str, Any]]] = {}
-    families: dict[str, list[str]] = {}
+    differs: dict[str, list[str]] = {}
     for head in headlines(summary["scores"]) if is_suite(summary) else ():
         spec = catalog.task_spec(head["task"], head.get("family", ""))
         for metric_name in dict.fromkeys(p.metric for p in spec.published) if spec else ():
@@ -133,18 +134,19 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
             ]
             row = matching[0] if matching else None
             scale = 1.0 if "cosine" in metric_name else PERCENT
-            released = row.get("paper") if row else None
+            released, own = (row.get("paper"), row.get("own")) if row else (None, None)
             cells = {
                 "task": head["task"],
                 "here": format_metric(row["value"], scale) if row else None,
                 "95 % interval": interval(row, scale) if row else None,
                 "as released": None if released is None else format_metric(released, scale),
             }
+            cells |= {} if own is None else {"own rule": format_metric(own, scale)}
             cells |= {p.model: p.value for p in spec.published if p.metric == metric_name}
             tables_by_metric.setdefault(metric_name, []).append(cells)
-            families.setdefault(metric_name, []).append(spec.family)
+            differs.setdefault(metric_name, []).append(spec.differs)
     return [
-        (metric, _equal(rows), [catalog.DIFFERS[name] for name in dict.fromkeys(families[metric])])
+        (metric, _equal(rows), list(dict.fromkeys(differs[metric])))
         for metric, rows in tables_by_metric.items()
     ]
 

@@ -321,6 +321,7 @@ _TASKS = (
     ),
 )
 TASKS = {spec.task: spec for spec in _TASKS}
+OWN_RULES = {spec.task: spec.own_correct for spec in _TASKS if spec.own_correct}
 
 
 def task_spec(task: str, family: str) -> TaskSpec | None:
