@@ -6,8 +6,9 @@
 
 A row is {task, family, metric, mode, n, groups, few_groups, value, ci_low, ci_high, best,
 n_unparsed, n_unscored, n_errors, scored_only, judge_sd, mde, paper, paper_n, own, own_n, headline}.
-`value` counts what could not be parsed or judged as wrong, `best` as right; `scored_only` is the value if
-it were dropped. `mde`: minimum detectable effect. One group has no interval and no mde (None).
+`value` counts what could not be parsed or judged as wrong, `best` as right; `scored_only` is the
+value if it were dropped. `mde`: minimum detectable effect. One group has no interval and no mde
+(None).
 """
 
 import types

@@ -17,7 +17,7 @@ import PIL.Image
 from medmax_jax.eval.metrics import aggregate, text
 from medmax_jax.eval.models.base import ModelRequest, Segment
 from medmax_jax.eval.stats import intervals
-from medmax_jax.eval.tasks.items import FAMILIES, Item
+from medmax_jax.eval.tasks.items import CHOICES, FAMILIES, Item
 from medmax_jax.models import images
 from medmax_jax.storage import image_paths
 
@@ -27,6 +27,7 @@ DESCRIPTIONS = {
     "majority": "the most common reference answer of each task: the best score of a single answer",
     "random": "yes or no, a letter, or another question's reference, by the seed",
 }
+CONSTANTS = {"vqa_closed": "yes"} | dict.fromkeys(CHOICES, "A")  # by family; others: ""
 KINDS = tuple(DESCRIPTIONS)
 GRAY_SIDE = 256  # pixels
 
@@ -55,7 +56,7 @@ def baseline_answers(kind: str, items: Sequence[Item], *, seed: int) -> dict[str
     answers = {}
     for item in items:
         if kind == "constant":
-            answers[item.id] = {"vqa_closed": "yes", "vqa_mcq": "A"}.get(item.family, "")
+            answers[item.id] = CONSTANTS.get(item.family, "")
         elif kind == "majority":
             answers[item.id] = best[item.task]
         else:
@@ -134,7 +135,7 @@ def attach_baselines(
 def _random_answer(item: Item, task_items: Sequence[Item], rng: random.Random) -> str:
     if item.family == "vqa_closed":
         return rng.choice(("yes", "no"))
-    if item.family == "vqa_mcq":
+    if item.family in CHOICES:
         return rng.choice(sorted(text.options(item.prompt)) or ["A", "B", "C", "D"])
     others = [other.answer for other in task_items if other.group != item.group]
     return rng.choice(others) if others else ""

@@ -15,6 +15,7 @@ METRICS: Mapping[str, str] = {
     "token_f1": f"F1 of the words shared with the reference, 0 to 1; {HIGHER}",
     "rouge_l": "ROUGE-L: F-measure of the longest common subsequence of words with the "
     f"reference, 0 to 1; {HIGHER}",
+    "rationale_rouge_l": f"ROUGE-L of the rationale with its reference, 0 to 1; {HIGHER}",
     "fact_recall": f"share of the stated facts that the caption contains; {HIGHER}",
     "has_image": f"share of answers that contain an image; {HIGHER}",
     "modality_match": "share of generated images whose nearest centroid of training images has "

@@ -22,7 +22,7 @@ FEW_MARK = "†"  # of intervals over fewer groups than intervals.FEW
 PERCENT = 100.0
 OURS = {"BiomedCLIP image-image cosine": "clip_image_image"}  # where it is not the headline
 BLIND = "blind"  # the entry of summary["baselines"] that another model answered
-CLOSED = ("vqa_closed", "vqa_mcq")
+CLOSED = ("vqa_closed", "vqa_mcq", "vqa_rationale")
 
 
 def headlines(scores: Sequence[Row]) -> list[Row]:

@@ -53,6 +53,9 @@ FAMILIES = {  # the release's bounds: vqa.py:24-31, visual_chat.py, mm_out.py, i
                          tokens=_tokens(paper=1, strict=16)),
     "vqa_mcq": Family(mode="text", shows_image=True, answer_format="the letter of one option",
                       tokens=_tokens(paper=1, strict=16)),
+    "vqa_rationale": Family(mode="text", shows_image=True, answer_format="the sentence 'The answer "
+                            "is (A).' with the letter of one option, and then 'Solution:' and why",
+                            tokens=_tokens(paper=256, strict=512)),
     "vqa_open": Family(mode="text", shows_image=True, answer_format="a word or a short phrase",
                        tokens=_tokens(paper=60, strict=60)),
     "captioning": Family(mode="text", shows_image=True, answer_format="complete sentences",
@@ -77,7 +80,13 @@ CHAMELEON = {  # the release's wordings for the base model
     "vqa_open": "",
     "vqa_mcq": " and respond 'A', 'B', 'C', or 'D'",
 }
-FAMILY_BY_QUESTION_TYPE = {"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open"}
+FAMILY_BY_QUESTION_TYPE = {
+    "closed": "vqa_closed",
+    "mcq": "vqa_mcq",
+    "open": "vqa_open",
+    "rationale": "vqa_rationale",
+}
+CHOICES = ("vqa_mcq", "vqa_rationale")  # families whose answer is the letter of an option
 # Verbatim: part of the data.
 CAPTION_PROMPT = "Please describe this picture."  # the release's prompt, whatever the row has
 DETAILED_PROMPT = "Analyze the image in a comprehensive and detailed manner."  # likewise
@@ -96,7 +105,8 @@ class Item:
     """Holds one question. `image`: shown, or the reference to generate, of a `modality`.
 
     task: its row in the tables, as in eval/tasks/catalog.py. slices: (name, value) pairs by which
-    scores are also grouped. context: the description of the image for a judge. data_class: the
+    scores are also grouped. context: the description of the image for a judge, or the reference of
+    a rationale. data_class: the
     class that medmax_jax/endpoints/egress.py checks before anything leaves the machine. released:
     (name, value) of the row that only the release's scoring uses, and the position of its image.
     further_images: those after the first, of a question about several images.
@@ -364,7 +374,7 @@ def _images_and_prompt(
         raise TaskError(
             f"{where}: {len(images)} images, but a {family} row accepts one; name one image"
         )
-    if family == "vqa_mcq":
+    if family in CHOICES:
         prompt = _with_options(row, prompt, where)
     if family in ("captioning", "visual_chat"):  # the release's own rules on marks: `prompt_parts`
         return images, prompt
@@ -472,7 +482,7 @@ def _check_reference(item: Item, where: str) -> None:
     try:
         if item.family == "vqa_closed":
             metrics_strict.closed(item.answer, item.answer)
-        elif item.family == "vqa_mcq":
+        elif item.family in CHOICES:
             metrics_strict.choice(item.answer, item.answer, item.prompt)
     except metrics_strict.StrictError:
         shown = f"answer {printable(repr(item.answer), 60)}"
