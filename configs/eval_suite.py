@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     config.counts = ConfigDict()  # items of each family, alternating groups; -1: all, 0: none
     config.counts.vqa_closed = -1
     config.counts.vqa_mcq = -1
+    config.counts.vqa_rationale = -1
     config.counts.vqa_open = -1
     config.counts.captioning = -1
     config.counts.image_generation = -1  # the MedMax release takes the first 100 rows of each

@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
         dict(
             vqa_closed=-1,
             vqa_mcq=-1,
+            vqa_rationale=-1,
             vqa_open=-1,
             captioning=-1,
             image_generation=16,

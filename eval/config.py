@@ -25,6 +25,7 @@ class Counts:
 
     vqa_closed: int
     vqa_mcq: int
+    vqa_rationale: int
     vqa_open: int
     captioning: int
     image_generation: int

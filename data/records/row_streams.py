@@ -1,4 +1,4 @@
-"""Read files of rows as streams: JSON arrays, JSON lines, CSV, gzipped or not, within size limits.
+"""Read files of rows as streams within size limits: JSON arrays, JSON lines, CSV, Parquet.
 
 PubMedVision alone is one JSON array of 700 MB, so an array is decoded item by item. A row is
 returned as its value, with None for NaN; as a TextFileError if it is not accepted JSON; and as None
@@ -8,7 +8,7 @@ if a row of CSV has a different width.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from medmax_jax.io import text_files
@@ -22,6 +22,7 @@ class SourceError(ValueError):
 
 CHUNK = 2**20  # characters read at once
 MAX_ITEM = 2**22  # characters of one item or line; the longest published ones have a few thousand
+BATCH = 32  # rows of Parquet that are decoded at once; each may carry its images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +61,21 @@ def json_lines(path: pathlib.Path) -> Iterator[tuple[RowLocation, Any]]:
         yield from json_array(path)
 
 
-def csv_rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[tuple[RowLocation, Any]]:
-    """Yield the rows of a CSV file with a header; a row of another width is returned as None."""
+def csv_rows(
+    path: pathlib.Path,
+    columns: tuple[str, ...],
+    *,
+    delimiter: str = ",",
+    max_chars: int = MAX_ITEM,
+) -> Iterator[tuple[RowLocation, Any]]:
+    """Yield the rows of a CSV file with a header; a row of another width is returned as None.
+
+    max_chars: of one line; a longer one raises SourceError.
+    """
     with (
         _source_errors(),
         text_files.open_binary(path) as file,
-        csv_table(file, path.name, max_chars=MAX_ITEM) as (header, rows),
+        csv_table(file, path.name, max_chars=max_chars, delimiter=delimiter) as (header, rows),
     ):
         if missing := [c for c in columns if c not in header]:
             raise SourceError(
@@ -74,6 +84,35 @@ def csv_rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[tuple[Row
         for n, row in rows:
             fits = len(row) == len(header)
             yield RowLocation(path.name, n), dict(zip(header, row, strict=True)) if fits else None
+
+
+def parquet_rows(
+    paths: Iterable[pathlib.Path], columns: Iterable[str], name: str, *, batch: int = BATCH
+) -> Iterator[tuple[RowLocation, dict[str, Any]]]:
+    """Yield the rows of Parquet files, counted through all of them under one name.
+
+    Only `columns` are read, `batch` rows at once. A file without one of them raises SourceError.
+    """
+    import pyarrow  # here: the import is slow, and other formats do not need it
+    import pyarrow.parquet
+
+    columns, number = list(columns), 0
+    for path in paths:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                if missing := set(columns) - set(file.schema_arrow.names):
+                    raise SourceError(
+                        f"{path.name}: columns {sorted(missing)} are missing; use the file as "
+                        "published"
+                    )
+                for rows in file.iter_batches(batch_size=batch, columns=columns):
+                    for row in rows.to_pylist():
+                        number += 1
+                        yield RowLocation(name, number), row
+        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+            raise SourceError(
+                f"{path.name}: damaged ({type(error).__name__}); download it again"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -25,7 +25,13 @@ from typing import Any
 
 from medmax_jax.data.mixture import VQA
 from medmax_jax.data.records.document import pseudonym
-from medmax_jax.data.records.row_streams import RowLocation, SourceError, csv_rows, json_array
+from medmax_jax.data.records.row_streams import (
+    RowLocation,
+    SourceError,
+    csv_rows,
+    json_array,
+    parquet_rows,
+)
 from medmax_jax.data.sources.row import (
     ExcludedRow,
     Plan,
@@ -221,7 +227,6 @@ def omnimedvqa(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:
 # Read at: huggingface.co/datasets/flaviagiammarino/path-vqa and vqa-rad, README.md and files.
 
 COLUMNS = ["image", "question", "answer"]
-BATCH = 32  # rows read at once; each carries its image
 MAX_IMAGE_BYTES = 2**26  # 64 MiB
 
 
@@ -234,35 +239,13 @@ def read(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
             f"{plan.source}: no {plan.split}-*.parquet in the folder or its data/; download the "
             "parquet form (pickles are not read)"
         )
-    return collect_rows(_items(paths, plan.split), lambda place, item: _row(plan, place, item))
+    rows = parquet_rows(paths, COLUMNS, f"{plan.split}.parquet")
+    return collect_rows(rows, lambda place, item: _row(plan, place, item))
 
 
 def read_vqa_rad_of_either_form(folder: pathlib.Path, plan: Plan) -> Iterator[Row | RejectedRow]:
     """Read VQA-RAD: the JSON of its authors, or else parquet."""
     return (read_vqa_rad if (folder / VQA_RAD).is_file() else read)(folder, plan)
-
-
-def _items(paths: list[pathlib.Path], split: str) -> Iterator[tuple[RowLocation, dict[str, Any]]]:
-    import pyarrow  # here: the import is slow, and other sources do not need it
-    import pyarrow.parquet
-
-    n = 0
-    for path in paths:
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=BATCH, columns=COLUMNS):
-                    if missing := set(COLUMNS) - set(batch.schema.names):
-                        raise SourceError(
-                            f"{path.name}: columns {sorted(missing)} are missing; use the file as "
-                            "published"
-                        )
-                    for item in batch.to_pylist():
-                        n += 1
-                        yield RowLocation(f"{split}.parquet", n), item
-        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-            raise SourceError(
-                f"{path.name}: damaged ({type(error).__name__}); download it again"
-            ) from error
 
 
 def _row(plan: Plan, place: RowLocation, item: dict[str, Any]) -> Row:

@@ -10,7 +10,7 @@ from typing import Any
 
 from medmax_jax.data.records.row_streams import RowLocation
 from medmax_jax.endpoints.egress import LICENCE_BOUND
-from medmax_jax.eval.metrics.question_sets import OwnScores, QuestionSets
+from medmax_jax.eval.metrics.question_sets import OwnRule, OwnScores, QuestionSets
 
 Item = dict[str, Any]  # "image_bytes": where the format embeds them
 
@@ -32,10 +32,12 @@ class TaskSpec:
     counts: of its rows, in its own form; None: not published. counted: the source of the numbers.
     left_out: rows that the benchmark assigns to the task and the suite leaves out, because they are
     called closed and are not answered by yes or no. metric: the headline, as summary.json names it.
-    differs: how the published evaluation differs from this suite's strict mode. own_scorer: the
-    benchmark's own code that the metric was compared with, at its commit, and on how many outputs
-    they agree. own_scores: the scores that it gives to the records of the task. sets: questions
-    that count together. run_by: other frameworks that run it.
+    differs: how the published evaluation differs from this suite's strict mode. own_correct: the
+    benchmark's own rule, by a complete text and its record; None: it gives the answer no score. The
+    summary has its share of correct answers next to the strict metric. own_scores: where it is more
+    than that share, the benchmark's own scores of the records of the task, by metric. own_scorer:
+    the benchmark's code that these were compared with, at its commit, and on how many outputs they
+    agree. sets: questions that count together. run_by: other frameworks that run it.
     """
 
     task: str
@@ -53,6 +55,7 @@ class TaskSpec:
     prompt: str = "the row's"
     differs: str = ""
     published: tuple[Published, ...] = ()
+    own_correct: OwnRule | None = None
     own_scorer: str = ""
     own_scores: OwnScores | None = None
     sets: QuestionSets | None = None

@@ -6,6 +6,7 @@
     family            metrics, those of a judge or scorer only where one is configured
     vqa_closed        accuracy
     vqa_mcq           accuracy
+    vqa_rationale     accuracy, rationale_rouge_l
     vqa_open          judge_correct, exact, token_f1
     vqa_numeric       mra, within_5, within_10, within_20, within_50
     captioning        S_image_text, S_caption_caption, S_combined, S_recall_1, S_recall_5,
@@ -20,6 +21,7 @@ on which a judge or scorer failed is unscored; a metric without its judge or sco
 """
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -114,6 +116,15 @@ def answer_text(record: Record) -> str:
     return reasoning.final_answer(record["text"]) or ""
 
 
+def rationale_of(text: str) -> str:
+    """Return the rationale of an answer: what follows "Solution:", else all without the answer.
+
+    "The answer is (A).\nSolution: The heart is wide." -> "The heart is wide."
+    """
+    _, found, after = text.partition("Solution:")
+    return (after if found else re.sub(r"The answer is \([A-Z]\)\.?", "", text)).strip()
+
+
 def record_scores(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str, ItemScore]:
     """Return metric -> score of one record, the headline first; unscored where the model failed."""
     family, text, answer = record["family"], answer_text(record), record["answer"]
@@ -121,6 +132,10 @@ def record_scores(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str
         scores = {"accuracy": _accuracy(record)}
     elif family == "vqa_numeric":
         scores = _numeric_scores(record)
+    elif family == "vqa_rationale":
+        scores = {"accuracy": _accuracy(record)}
+        rationale = text_metrics.rouge_l(rationale_of(text), record["context"])
+        scores["rationale_rouge_l"] = strict.scored(rationale)
     elif family == "vqa_open":
         scores = _correctness_score(record, inputs)
         scores["exact"] = strict.scored(text_metrics.exact(text, answer))

@@ -9,7 +9,7 @@ cannot be parsed counts as confused in `value`, and as not confused in `best`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from medmax_jax.eval.metrics import per_record, strict
@@ -39,6 +39,7 @@ class OwnScore:
     own_n: int
 
 
+OwnRule = Callable[[str, Record], bool | None]  # complete text, record -> correct; None: no score
 OwnScores = Callable[[Sequence[Record]], Mapping[str, OwnScore]]  # records of a task -> by metric
 
 
@@ -49,7 +50,31 @@ class Card(Protocol):
     def sets(self) -> QuestionSets | None: ...
 
     @property
+    def own_correct(self) -> OwnRule | None: ...
+
+    @property
     def own_scores(self) -> OwnScores | None: ...
+
+
+def own_scores(
+    card: Card | None, records: Sequence[Record], headline: str
+) -> Mapping[str, OwnScore]:
+    """Return metric -> the benchmark's own score of a task's records; {} where it has none.
+
+    The rule of a card gives the share of correct answers, next to the headline; answers that it
+    gives no score are not counted. It reads the complete text, as the benchmark's code does.
+    """
+    if card and card.own_scores:
+        return card.own_scores(records)
+    if not card or not card.own_correct:
+        return {}
+    return {headline: share([card.own_correct(record["text"], record) for record in records])}
+
+
+def share(verdicts: Iterable[float | None]) -> OwnScore:
+    """Return the mean of verdicts, without None."""
+    known = [float(verdict) for verdict in verdicts if verdict is not None]
+    return OwnScore(own=sum(known) / len(known) if known else None, own_n=len(known))
 
 
 def set_scores(

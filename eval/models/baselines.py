@@ -18,7 +18,7 @@ from medmax_jax.eval.metrics import aggregate, text
 from medmax_jax.eval.models.base import ModelRequest, Segment
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import catalog
-from medmax_jax.eval.tasks.families import FAMILIES
+from medmax_jax.eval.tasks.families import CHOICES, FAMILIES
 from medmax_jax.eval.tasks.items import Item
 from medmax_jax.models import images
 from medmax_jax.storage import image_paths
@@ -29,8 +29,10 @@ DESCRIPTIONS = {
     "majority": "the most common reference answer of each task: the best score of a single answer",
     "random": "yes or no, a letter, or another question's reference, by the seed",
 }
+CONSTANTS = {"vqa_closed": "yes", "vqa_numeric": "0"} | dict.fromkeys(
+    CHOICES, "A"
+)  # by family; others: ""
 KINDS = tuple(DESCRIPTIONS)
-CONSTANT = {"vqa_closed": "yes", "vqa_mcq": "A", "vqa_numeric": "0"}
 LOWER_IS_BETTER = ("unparsed", "confusion")
 GRAY_SIDE = 256  # pixels
 
@@ -59,7 +61,7 @@ def baseline_answers(kind: str, items: Sequence[Item], *, seed: int) -> dict[str
     answers = {}
     for item in items:
         if kind == "constant":
-            answers[item.id] = CONSTANT.get(item.family, "")
+            answers[item.id] = CONSTANTS.get(item.family, "")
         elif kind == "majority":
             answers[item.id] = best[item.task]
         else:
@@ -138,7 +140,7 @@ def attach_baselines(
 def _random_answer(item: Item, task_items: Sequence[Item], rng: random.Random) -> str:
     if item.family == "vqa_closed":
         return rng.choice(("yes", "no"))
-    if item.family == "vqa_mcq":
+    if item.family in CHOICES:
         return rng.choice(sorted(text.options(item.prompt)) or ["A", "B", "C", "D"])
     others = [other.answer for other in task_items if other.group != item.group]
     return rng.choice(others) if others else ""

@@ -15,6 +15,7 @@ METRICS: Mapping[str, str] = {
     "token_f1": f"F1 of the words shared with the reference, 0 to 1; {HIGHER}",
     "rouge_l": "ROUGE-L: F-measure of the longest common subsequence of words with the "
     f"reference, 0 to 1; {HIGHER}",
+    "rationale_rouge_l": f"ROUGE-L of the rationale with its reference, 0 to 1; {HIGHER}",
     "fact_recall": f"share of the stated facts that the caption contains; {HIGHER}",
     "has_image": f"share of answers that contain an image; {HIGHER}",
     "modality_match": "share of generated images whose nearest centroid of training images has "
@@ -65,7 +66,7 @@ COLUMNS: Mapping[str, str] = {
     "evaluation of this size detects with 80 % power; lower is better",
     "as released": "the same answers, scored as the MedMax release does, including its errors; for "
     "comparison with published numbers only",
-    "own scoring": "the same answers, scored as the benchmark's own code does; for comparison with "
+    "own rule": "the same answers, scored as the benchmark's own code does; for comparison with "
     "its published numbers only",
     "best baseline": "highest score of an answer that uses neither the image nor a model",
     "model minus baseline": "difference of the scores on the same items; above 0: the model is "

@@ -25,7 +25,7 @@ OURS = {  # where it is not the metric of the card
     "confusion, %": "confusion",
 }
 BLIND = "blind"  # the entry of summary["baselines"] that another model answered
-CLOSED = ("vqa_closed", "vqa_mcq")
+CLOSED = ("vqa_closed", "vqa_mcq", "vqa_rationale")
 
 
 def headlines(scores: Sequence[Row]) -> list[Row]:
@@ -66,7 +66,7 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "at best": row.get("best"),
             "MDE": row.get("mde"),
             "as released": row.get("paper"),
-            "own scoring": row.get("own"),
+            "own rule": row.get("own"),
             "best baseline": max(
                 baselines.get((row["task"], row["metric"]), {}).values(), default=None
             ),
@@ -115,7 +115,7 @@ def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "value": row["value"],
                 "95 % interval": interval(row),
                 "as released": row.get("paper"),
-                "own scoring": row.get("own"),
+                "own rule": row.get("own"),
             }
             for row in rows
         ]
@@ -146,7 +146,7 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
                 "as released": None if released is None else format_metric(released, scale),
             }
             if own is not None:
-                cells["own scoring"] = format_metric(own, scale)
+                cells["own rule"] = format_metric(own, scale)
             cells |= {p.model: p.value for p in spec.published if p.metric == metric_name}
             tables_by_metric.setdefault(metric_name, []).append(cells)
             differences.setdefault(metric_name, []).append(spec.differs)

@@ -1,5 +1,7 @@
 """Reads public benchmarks in their own formats into rows of the MedMax release's schema.
 
+Those of MedMax's suite are read here; the other readers are in the modules of eval/benchmarks/.
+
     {"task_name": "slake", "question_type": "closed", "prompt": "Is it a CT?", "answer": "yes",
      "image_path": "imgs/xmlab1/source.jpg", "id": "slake-test-0000002", "group": "xmlab1",
      "slices": {"modality": "CT", "organ": "Lung"}, "data_class": "open"}
@@ -63,6 +65,14 @@ from medmax_jax.data.sources.row import (
     first_file,
 )
 from medmax_jax.endpoints.egress import LICENCE_BOUND, OPEN
+from medmax_jax.eval.benchmarks import (
+    gmai_mmbench,
+    kormedmcqa,
+    medbookvqa,
+    medframeqa,
+    medthink,
+    medxpertqa,
+)
 from medmax_jax.eval.benchmarks.card import Item, item_row
 from medmax_jax.io import text_files
 from medmax_jax.io.text_files import TextFileError
@@ -308,4 +318,11 @@ READERS: Mapping[str, Callable[[pathlib.Path], Iterator[Item | RejectedRow]]] = 
         json_lines(first_file(folder, (_LLAVA,), "LLaVA-Med")), _llava_med
     ),
     "pmc_oa": _pmc_oa,
+    medframeqa.NAME: medframeqa.read,
+    kormedmcqa.NAME: kormedmcqa.read,
+    medbookvqa.NAME: medbookvqa.read,
+    medxpertqa.NAME: medxpertqa.read,
+    gmai_mmbench.NAME: gmai_mmbench.read,
+    "r_rad": functools.partial(medthink.read, "r_rad"),
+    "r_slake": functools.partial(medthink.read, "r_slake"),
 }

@@ -1,12 +1,20 @@
 """Lists the suite's tasks in one table: their rows, prompts and metrics.
 
-eval/suite.py prints it. To extend it, write a TaskSpec, and if its rows have a form of their own a
-reader in eval/tasks/benchmark_readers.py.
+eval/suite.py prints it. The cards of MedMax's tasks are here; those of any other benchmark are in
+its module of eval/benchmarks/, with its reader, which eval/tasks/benchmark_readers.py lists.
 """
 
 from collections.abc import Mapping
 
 from medmax_jax.endpoints.egress import CREDENTIALED, LICENCE_BOUND, OPEN
+from medmax_jax.eval.benchmarks import (
+    gmai_mmbench,
+    kormedmcqa,
+    medbookvqa,
+    medframeqa,
+    medthink,
+    medxpertqa,
+)
 from medmax_jax.eval.benchmarks.card import Published, TaskSpec
 from medmax_jax.eval.metrics.question_sets import QuestionSets
 
@@ -323,6 +331,12 @@ _TASKS = (
         prompt="the row's, no image",
         metric="judge_relative",
     ),
+    *medframeqa.CARDS,
+    *kormedmcqa.CARDS,
+    *medbookvqa.CARDS,
+    *medxpertqa.CARDS,
+    *gmai_mmbench.CARDS,
+    *medthink.CARDS,
 )
 TASKS = {spec.task: spec for spec in _TASKS}
 

@@ -1,9 +1,12 @@
 """Defines the families of tasks: how a question is posed, and what kind of answer it has.
 
-vqa_closed, vqa_mcq, vqa_open, vqa_numeric    images and a question -> text
-captioning, visual_chat                       an image and a question -> text
-image_generation, multimodal                  text -> an image; text and images
-image_editing, multimodal_generation          images and text -> an image; text and images
+    vqa_closed, vqa_mcq, vqa_rationale,     images and a question -> text
+    vqa_open, vqa_numeric
+    captioning, visual_chat                 an image and a question -> text
+    image_generation, multimodal            text -> an image; text and images
+    image_editing, multimodal_generation    images and text -> an image; text and images
+
+The metrics of each are in eval/metrics/per_record.py.
 """
 
 import dataclasses
@@ -33,6 +36,9 @@ FAMILIES = {  # the release's bounds: vqa.py:24-31, visual_chat.py, mm_out.py, i
                          tokens=_tokens(paper=1, strict=16)),
     "vqa_mcq": Family(mode="text", shows_image=True, answer_format="the letter of one option",
                       tokens=_tokens(paper=1, strict=16)),
+    "vqa_rationale": Family(mode="text", shows_image=True, answer_format="the sentence 'The answer "
+                            "is (A).' with the letter of one option, and then 'Solution:' and why",
+                            tokens=_tokens(paper=256, strict=512)),
     "vqa_open": Family(mode="text", shows_image=True, answer_format="a word or a short phrase",
                        tokens=_tokens(paper=60, strict=60)),
     "captioning": Family(mode="text", shows_image=True, answer_format="complete sentences",
@@ -61,8 +67,10 @@ FAMILY_BY_TASK = {
     "visual_chat": "visual_chat",
 }
 FAMILY_BY_QUESTION_TYPE = {
-    **{"closed": "vqa_closed", "mcq": "vqa_mcq", "open": "vqa_open", "numeric": "vqa_numeric"},
+    **{"closed": "vqa_closed", "mcq": "vqa_mcq", "rationale": "vqa_rationale"},
+    **{"open": "vqa_open", "numeric": "vqa_numeric"},
     **{"editing": "image_editing", "generation": "multimodal_generation"},
 }
+CHOICES = ("vqa_mcq", "vqa_rationale")  # families whose answer is the letter of an option
 SEVERAL_IMAGES = tuple(FAMILY_BY_QUESTION_TYPE.values())  # families whose rows may show several
 WITH_REFERENCE = ("image_editing", "multimodal_generation")  # an image shown, another expected

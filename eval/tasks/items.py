@@ -28,6 +28,7 @@ from medmax_jax.eval.metrics import strict as metrics_strict
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.tasks import catalog
 from medmax_jax.eval.tasks.families import (
+    CHOICES,
     FAMILIES,
     FAMILY_BY_QUESTION_TYPE,
     FAMILY_BY_TASK,
@@ -55,9 +56,8 @@ OPTION_FIELDS = ("options", "choices")
 PROMPTS = ("sft", "chameleon", "default", "chat")
 ANSWER_FORMS = {  # that a reference must have
     "vqa_closed": "yes or no",
-    "vqa_mcq": "one of the question's options (use its letter)",
     "vqa_numeric": "one number",
-}
+} | dict.fromkeys(CHOICES, "one of the question's options (use its letter)")
 FACTS = ("body_part", "organ", "view", "plane", "sequence", "stain", "finding")
 SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: their task is their family
 
@@ -81,7 +81,8 @@ class Item:
     """Holds one question. `image`: shown, or the reference to generate, of a `modality`.
 
     task: its row in the tables, as in eval/tasks/catalog.py. slices: (name, value) pairs by which
-    scores are also grouped. context: the description of the image for a judge. data_class: the
+    scores are also grouped. context: the description of the image for a judge, or the reference of
+    a rationale. data_class: the
     class that medmax_jax/endpoints/egress.py checks before anything leaves the machine. released:
     (name, value) of the row that only the release's scoring uses, and the position of its image.
     further_images: those after the first, of a question about several images. reference_image: the
@@ -425,7 +426,7 @@ def _images_and_prompt(
         raise TaskError(
             f"{where}: {len(images)} images, but a {family} row accepts one; name one image"
         )
-    if family == "vqa_mcq":
+    if family in CHOICES:
         prompt = _with_options(row, prompt, where)
     if family in ("captioning", "visual_chat"):  # the release's own rules on marks: `prompt_parts`
         return images, prompt
@@ -536,7 +537,7 @@ def _check_reference(item: Item, where: str) -> None:
     try:
         if item.family == "vqa_closed":
             metrics_strict.closed(item.answer, item.answer)
-        elif item.family == "vqa_mcq":
+        elif item.family in CHOICES:
             metrics_strict.choice(item.answer, item.answer, item.prompt)
         elif item.family == "vqa_numeric":
             metrics_strict.number(item.answer, item.answer)
