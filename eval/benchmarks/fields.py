@@ -20,6 +20,8 @@ from medmax_jax.data.records.row_streams import RowLocation, SourceError
 from medmax_jax.data.sources.row import RowError, field_text
 from medmax_jax.data.sources.vqa import MAX_IMAGE_BYTES, choice_text
 from medmax_jax.eval.benchmarks.card import Item, item_row
+from medmax_jax.io import text_files
+from medmax_jax.io.text_files import TextFileError
 
 SUFFIXES = {  # the first bytes of the formats that images.load opens -> suffix of the file
     b"\x89PNG\r\n\x1a\n": ".png",
@@ -30,6 +32,7 @@ SUFFIXES = {  # the first bytes of the formats that images.load opens -> suffix 
     b"II*\x00": ".tif",
     b"MM\x00*": ".tif",
 }
+MAX_JSON = 1 << 27  # bytes of a file that must be read completely
 MAX_IMAGES = 16  # of one row; the most published are 6
 
 
@@ -92,6 +95,17 @@ def image_of_base64(value: Any, field: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RowError(f"{field}: not base64") from error
+
+
+def json_file(path: pathlib.Path) -> Any:
+    """Return the content of a JSON file of at most 128 MiB; its rows are checked one by one."""
+    try:
+        data = text_files.read_bytes(path, max_bytes=MAX_JSON)
+        return text_files.parse_json(
+            data, path.name, allow_nonfinite=True, allow_lone_surrogates=True
+        )
+    except TextFileError as error:
+        raise SourceError(f"{error}; use the file as it is published") from error
 
 
 def check_present(folder: pathlib.Path, path: str, archive: str) -> None:

@@ -29,9 +29,7 @@ DESCRIPTIONS = {
     "majority": "the most common reference answer of each task: the best score of a single answer",
     "random": "yes or no, a letter, or another question's reference, by the seed",
 }
-CONSTANTS = {"vqa_closed": "yes", "vqa_numeric": "0"} | dict.fromkeys(
-    CHOICES, "A"
-)  # by family; others: ""
+CONSTANTS = {"vqa_closed": "yes", "vqa_numeric": "0"} | dict.fromkeys(CHOICES, "A")
 KINDS = tuple(DESCRIPTIONS)
 LOWER_IS_BETTER = ("unparsed", "confusion")
 GRAY_SIDE = 256  # pixels

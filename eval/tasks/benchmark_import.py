@@ -105,7 +105,10 @@ def _bounded(name: str, folder: Path):
 
 
 def _placed(item: benchmark_readers.Item, prefix: str, new: Path) -> dict[str, Any]:
-    """Return the row with its paths under the prefix; write embedded images to files."""
+    """Return the row with its paths under the prefix; write embedded images to files.
+
+    A shot of the row has its own images, in the same fields.
+    """
     row = {key: value for key, value in item.items() if key != "image_bytes"}
     several = isinstance(row["image_path"], list)
     names = row["image_path"] if several else [row["image_path"]]
@@ -117,6 +120,10 @@ def _placed(item: benchmark_readers.Item, prefix: str, new: Path) -> dict[str, A
             path.write_bytes(content)
     names = [str(PurePosixPath(prefix, name)) for name in names]
     row["image_path"] = names if several else names[0]
+    if "reference_image" in row:
+        row["reference_image"] = str(PurePosixPath(prefix, row["reference_image"]))
+    if "shots" in row:
+        row["shots"] = [_placed(shot, prefix, new) for shot in row["shots"]]
     return row
 
 

@@ -70,6 +70,7 @@ from medmax_jax.eval.benchmarks import (
     kormedmcqa,
     medbookvqa,
     medframeqa,
+    mediconfusion,
     medthink,
     medxpertqa,
 )
@@ -318,6 +319,7 @@ READERS: Mapping[str, Callable[[pathlib.Path], Iterator[Item | RejectedRow]]] = 
         json_lines(first_file(folder, (_LLAVA,), "LLaVA-Med")), _llava_med
     ),
     "pmc_oa": _pmc_oa,
+    mediconfusion.NAME: mediconfusion.read,
     medframeqa.NAME: medframeqa.read,
     kormedmcqa.NAME: kormedmcqa.read,
     medbookvqa.NAME: medbookvqa.read,

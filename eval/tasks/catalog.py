@@ -12,6 +12,7 @@ from medmax_jax.eval.benchmarks import (
     kormedmcqa,
     medbookvqa,
     medframeqa,
+    mediconfusion,
     medthink,
     medxpertqa,
 )
@@ -331,6 +332,7 @@ _TASKS = (
         prompt="the row's, no image",
         metric="judge_relative",
     ),
+    *mediconfusion.CARDS,
     *medframeqa.CARDS,
     *kormedmcqa.CARDS,
     *medbookvqa.CARDS,

@@ -85,11 +85,11 @@ def test_probes_and_their_numbers_of_items():
 
 
 def test_every_family_that_shows_an_image_can_be_probed():
-    questions = {"vqa_closed", "vqa_mcq", "vqa_open", "vqa_numeric"}
+    questions = {"vqa_closed", "vqa_mcq", "vqa_rationale", "vqa_open", "vqa_numeric"}
     assert set(ALL) == questions | {"captioning", "visual_chat"}
     items = many() + [
         eval_setup.item(f"x_{family}", family, n)
-        for family in ("vqa_open", "vqa_numeric", "captioning", "visual_chat", "image_generation")
+        for family in (*ALL[2:], "image_generation")
         for n in range(4)
     ]
     names = ("blank", "shuffled", "swapped", "rotated")
