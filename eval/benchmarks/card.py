@@ -12,6 +12,11 @@ from medmax_jax.data.records.row_streams import RowLocation
 from medmax_jax.endpoints.egress import LICENCE_BOUND
 from medmax_jax.eval.metrics.question_sets import OwnRule, OwnScores, QuestionSets
 
+# Why rows of a benchmark are left out by a rule; its counts include them.
+YES_NO = "closed, but not answered by yes or no"
+ONE_ANSWER = "of multiple choice, but all answers are the same"
+NO_NUMBER = "numeric, but not answered by one number"
+KIND_OF_RULE = {YES_NO: "closed", ONE_ANSWER: "mcq", NO_NUMBER: "numeric"}  # of the task's name
 Item = dict[str, Any]  # "image_bytes": where the format embeds them
 
 

@@ -23,6 +23,8 @@ PERCENT = 100.0
 OURS = {  # where it is not the metric of the card
     "BiomedCLIP image-image cosine": "clip_image_image",
     "confusion, %": "confusion",
+    "SMMILE exact match, 0-shot, %": "exact",
+    "SMMILE exact match, ICL, %": "exact",
 }
 BLIND = "blind"  # the entry of summary["baselines"] that another model answered
 CLOSED = ("vqa_closed", "vqa_mcq", "vqa_rationale")

@@ -21,8 +21,9 @@ from medmax_jax import arguments
 from medmax_jax.data.image_tokens.encoder import log
 from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.data.sources.row import RejectedRow
+from medmax_jax.eval.benchmarks.card import KIND_OF_RULE
 from medmax_jax.eval.tasks import benchmark_readers, catalog, items
-from medmax_jax.eval.tasks.benchmark_readers import READERS, YES_NO
+from medmax_jax.eval.tasks.benchmark_readers import READERS
 from medmax_jax.storage import hub
 from medmax_jax.storage.atomic_folder import atomic_folder
 from medmax_jax.storage.folder import os_errors
@@ -162,8 +163,12 @@ def _other_counts(name: str, tally: Tally) -> list[str]:
 
     Rows that the suite leaves out count, and in a benchmark of one task the malformed ones too.
     """
-    excluded = tally.bad.get((YES_NO, True), [0])[0]
-    counted = tally.kept + collections.Counter({f"{name}_closed": excluded})
+    counted = tally.kept + collections.Counter(
+        {
+            f"{name}_{kind}": tally.bad.get((rule, True), [0])[0]
+            for rule, kind in KIND_OF_RULE.items()
+        }
+    )
     if len(tally.kept) == 1:
         counted += collections.Counter({next(iter(tally.kept)): tally.number(by_rule=False)})
     differences = []

@@ -73,13 +73,13 @@ from medmax_jax.eval.benchmarks import (
     mediconfusion,
     medthink,
     medxpertqa,
+    smmile,
 )
-from medmax_jax.eval.benchmarks.card import Item, item_row
+from medmax_jax.eval.benchmarks.card import YES_NO, Item, item_row
 from medmax_jax.io import text_files
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME
 
-YES_NO = "closed, but not answered by yes or no"
 MAX_JSON = 1 << 27  # bytes of a file that must be read completely; PathMMU's has some 30 MB
 QUESTION_WORDS = ("what", "where", "when", "how", "why", "who", "which")
 _QUILT, _LLAVA = "quiltvqa_test_w_ans.json", "llava_med_eval_qa50_qa.jsonl"
@@ -320,6 +320,7 @@ READERS: Mapping[str, Callable[[pathlib.Path], Iterator[Item | RejectedRow]]] = 
     ),
     "pmc_oa": _pmc_oa,
     mediconfusion.NAME: mediconfusion.read,
+    **{name: functools.partial(smmile.read, name) for name in smmile.NAMES},
     medframeqa.NAME: medframeqa.read,
     kormedmcqa.NAME: kormedmcqa.read,
     medbookvqa.NAME: medbookvqa.read,

@@ -15,6 +15,7 @@ from medmax_jax.eval.benchmarks import (
     mediconfusion,
     medthink,
     medxpertqa,
+    smmile,
 )
 from medmax_jax.eval.benchmarks.card import Published, TaskSpec
 from medmax_jax.eval.metrics.question_sets import QuestionSets
@@ -333,6 +334,7 @@ _TASKS = (
         metric="judge_relative",
     ),
     *mediconfusion.CARDS,
+    *smmile.CARDS,
     *medframeqa.CARDS,
     *kormedmcqa.CARDS,
     *medbookvqa.CARDS,

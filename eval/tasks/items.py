@@ -359,6 +359,7 @@ def _shots(row: Mapping[str, Any], family: str, where: str, data_class: str) -> 
     rows = row.get("shots")
     if not rows:
         return ()
+    family = "vqa_open" if family in CHOICES else family  # a shot needs no options
     if not isinstance(rows, list) or len(rows) > MAX_SHOTS:
         raise TaskError(f"{where}: shots is not a list of at most {MAX_SHOTS} examples")
     shots = []
