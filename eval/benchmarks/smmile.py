@@ -52,9 +52,8 @@ def read(name: str, folder: pathlib.Path) -> Iterator[Item | RejectedRow]:
     images: dict[str, bytes] = {}
     problems: dict[str, Problem] = {}
     for place, row in parquet_rows(paths, (*COLUMNS, *flags), "train.parquet"):
-        problem = str(row["problem_id"])
-        problems.setdefault(problem, []).append(row | {"place": place})
         _keep_image(row, images)
+        problems.setdefault(str(row["problem_id"]), []).append(row | {"place": place})
         if sum(map(len, images.values())) > MAX_BYTES:
             raise SourceError(f"{name}: more than {MAX_BYTES >> 30} GiB of images")
     rows = [(problem[0]["place"], dict(id=key, rows=problem)) for key, problem in problems.items()]
