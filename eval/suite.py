@@ -19,7 +19,13 @@ def table() -> str:
             ["task", "source", "split", "rows", "rows counted in"],
             [(c.task, c.source, c.split, _row_count(c), c.counted or "-") for c in cards],
         ),
-        (["task", "class", "license"], [(c.task, c.data_class, c.licence) for c in cards]),
+        (
+            ["task", "class", "license", "scored as by", "also run by"],
+            [
+                (c.task, c.data_class, c.licence, c.own_scorer or "-", c.run_by or "-")
+                for c in cards
+            ],
+        ),
     )
     return "\n".join(_markdown(head, rows) for head, rows in parts)
 

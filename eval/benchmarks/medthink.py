@@ -28,7 +28,7 @@ from medmax_jax.data.sources.row import (
 )
 from medmax_jax.endpoints.egress import OPEN
 from medmax_jax.eval.benchmarks import fields
-from medmax_jax.eval.benchmarks.card import Item, TaskSpec, item_row
+from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec, item_row
 from medmax_jax.io import text_files
 from medmax_jax.io.text_files import TextFileError
 
@@ -112,11 +112,21 @@ def _image(name: str, row: dict[str, Any]) -> str:
 
 
 def own_correct(text: str, record: Mapping[str, Any]) -> bool:
-    """Return whether "The answer is (A)" occurs once in a response, with the right letter."""
-    return _STATED.findall(text) == [record["answer"]]
+    """Return whether the published evaluation reads the same letter as from its target.
+
+    "The answer is (A)" must occur once; where the target's rationale repeats it, a response that
+    states no answer is right.
+    """
+    target = f"The answer is ({record['answer']}).\nSolution: {record['context']}"
+    return _stated(text) == _stated(target)
 
 
-def _cards(name: str, title: str, licence: str) -> tuple[TaskSpec, ...]:
+def _stated(text: str) -> str | None:
+    found = _STATED.findall(text)
+    return found[0] if len(found) == 1 else None
+
+
+def _cards(name: str, title: str, licence: str, trained: float) -> tuple[TaskSpec, ...]:
     shared = dict(
         source=f"github.com/Tang-xiaoxiao/Medthink, Medthink_Dataset/{title}",
         revision="d92dd5d",
@@ -133,6 +143,14 @@ def _cards(name: str, title: str, licence: str) -> tuple[TaskSpec, ...]:
             differs="MedThink: three orders of answer and rationale, each of a model that is "
             "trained on it; here one request without an example. Its ROUGE stems words",
             prompt="'Question: .. Options: (A) yes (B) no', the row's question",
+            published=(
+                Published(
+                    model="MedThink, trained on it",
+                    value=trained,
+                    metric=f"{title} accuracy of a trained model, %",
+                    read="aclanthology.org/2025.findings-naacl.415, abstract",
+                ),
+            ),
             own_correct=own_correct,
             own_scorer="Medthink_Code/closed_end_train.py, extract_ans, of "
             "github.com/Tang-xiaoxiao/Medthink at d92dd5d: agrees on 1,200 of 1,200 outputs",
@@ -150,6 +168,6 @@ def _cards(name: str, title: str, licence: str) -> tuple[TaskSpec, ...]:
 
 
 CARDS = (
-    *_cards("r_rad", "R-RAD", "Apache-2.0; images of VQA-RAD, CC0 1.0"),
-    *_cards("r_slake", "R-SLAKE", "Apache-2.0; images of SLAKE, CC BY 4.0"),
+    *_cards("r_rad", "R-RAD", "Apache-2.0; images of VQA-RAD, CC0 1.0", 83.5),
+    *_cards("r_slake", "R-SLAKE", "Apache-2.0; images of SLAKE, CC BY 4.0", 86.3),
 )

@@ -20,11 +20,12 @@ EXAMPLES_PER_KIND = 3  # examples of each kind
 EXAMPLE_CHARS = 200  # characters of an example
 FEW_MARK = "†"  # of intervals over fewer groups than intervals.FEW
 PERCENT = 100.0
-OURS = {  # where it is not the metric of the card
+OURS = {  # where the metric is not that of the card; "" for none of this suite
     "BiomedCLIP image-image cosine": "clip_image_image",
     "confusion, %": "confusion",
     "SMMILE exact match, 0-shot, %": "exact",
     "SMMILE exact match, ICL, %": "exact",
+    **dict.fromkeys(catalog.UNMATCHED, ""),
 }
 BLIND = "blind"  # the entry of summary["baselines"] that another model answered
 CLOSED = ("vqa_closed", "vqa_mcq", "vqa_rationale")

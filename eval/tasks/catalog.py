@@ -120,6 +120,54 @@ INTERLEAVED_IMAGE_SCORES = (
     ("Chameleon 7B", 0.35),
     ("MedMax 7B", 0.46),
 )  # image-image cosine, same chart
+LLADA = "images/table.png of github.com/LLM-VLM-GSL/LLaDA-MedV at 70f733e"
+UNIMEDVL = "README.md of github.com/uni-medical/UniMedVL at 64a9915; split not stated"
+KIT = "assets/mm_eval.png of github.com/alibaba-damo-academy/MedEvalKit at 9b12e3b"
+TOGETHER = "accuracy of closed and open questions together, %"
+TUNED = "accuracy after training on the benchmark, %"
+RECALL = "token recall after training on the benchmark, %"
+UNMATCHED = (TOGETHER, RECALL)  # metrics that are no row of this suite
+OTHERS: Mapping[str, tuple[tuple[str, float, str, str], ...]] = {  # model, value, metric, read
+    "vqa_rad_closed": (
+        ("LLaDA-MedV", 84.93, TUNED, LLADA),
+        ("UniMedVL", 61.9, TOGETHER, UNIMEDVL),
+        ("HealthGPT-L14 by UniMedVL", 58.3, TOGETHER, UNIMEDVL),
+        ("HealthGPT-14B by MedEvalKit", 65.0, TOGETHER, KIT),
+    ),
+    "slake_closed": (
+        ("LLaDA-MedV", 92.31, TUNED, LLADA),
+        ("UniMedVL", 75.4, TOGETHER, UNIMEDVL),
+        ("HealthGPT-L14 by UniMedVL", 64.5, TOGETHER, UNIMEDVL),
+        ("HealthGPT-14B by MedEvalKit", 66.1, TOGETHER, KIT),
+    ),
+    "pathvqa_closed": (
+        ("LLaDA-MedV", 95.15, TUNED, LLADA),
+        ("UniMedVL", 53.5, TOGETHER, UNIMEDVL),
+        ("HealthGPT-L14 by UniMedVL", 44.4, TOGETHER, UNIMEDVL),
+        ("HealthGPT-14B by MedEvalKit", 56.7, TOGETHER, KIT),
+    ),
+    "vqa_rad_open": (("LLaDA-MedV", 45.60, RECALL, LLADA),),
+    "slake_open": (("LLaDA-MedV", 68.85, RECALL, LLADA),),
+    "pathvqa_open": (("LLaDA-MedV", 31.96, RECALL, LLADA),),
+    "pmc_vqa_mcq": (("HealthGPT-14B", 56.4, "accuracy by MedEvalKit, %", KIT),),
+    "omnimed_vqa_mcq": (
+        ("UniMedVL", 85.8, "accuracy by UniMedVL's authors, %", UNIMEDVL),
+        ("HealthGPT-L14", 74.4, "accuracy by UniMedVL's authors, %", UNIMEDVL),
+        ("HealthGPT-14B", 75.2, "accuracy by MedEvalKit, %", KIT),
+    ),
+    "visual_chat_conversation": (("LLaDA-MedV", 54.141, "GPT-4.1 relative score", LLADA),),
+    "visual_chat_detailed_description": (("LLaDA-MedV", 48.214, "GPT-4.1 relative score", LLADA),),
+}
+OWN_SCORERS = {  # by family
+    family: f"evaluation/{file} of the MedMax release at 20b7055: agrees on {count} of {count} "
+    "outputs"
+    for family, file, count in (
+        ("vqa_closed", "vqa.py", "1,600"),
+        ("vqa_mcq", "vqa.py", "1,600"),
+        ("vqa_open", "vqa.py", "1,400"),
+        ("multimodal", "mm_out.py", "1,000"),
+    )
+}
 DIFFERS = {  # by family; docs/reference/release_defects.md has all of them
     "vqa_closed": "1 token, repetition penalty 1.2 over the prompt too, substring match",
     "vqa_mcq": "1 token, repetition penalty 1.2 over the prompt too, the letter alone",
@@ -132,6 +180,14 @@ DIFFERS = {  # by family; docs/reference/release_defects.md has all of them
 
 
 def _published(task: str) -> tuple[Published, ...]:
+    others = OTHERS.get(task, ())
+    return _of_medmax(task) + tuple(
+        Published(model=model, value=value, metric=metric, read=read)
+        for model, value, metric, read in others
+    )
+
+
+def _of_medmax(task: str) -> tuple[Published, ...]:
     if task in COLUMNS:
         metric = "right by gpt-4o-mini, %" if task.endswith("_open") else "accuracy, %"
         column = COLUMNS.index(task)
@@ -153,7 +209,11 @@ def _published(task: str) -> tuple[Published, ...]:
 
 
 def _task_spec(task: str, title: str, family: str, **fields) -> TaskSpec:
-    defaults = dict(differs=DIFFERS[family], published=_published(task))
+    defaults = dict(
+        differs=DIFFERS[family],
+        published=_published(task),
+        own_scorer=OWN_SCORERS.get(family, ""),
+    )
     return TaskSpec(task=task, title=title, family=family, **defaults | fields)
 
 
@@ -192,6 +252,7 @@ _TASKS = (
         source="osf.io/89kps, VQA_RAD Dataset Public.json",
         licence="CC0 1.0",
         data_class=OPEN,
+        run_by="MedEvalKit",
     ),
     *_vqa(
         "slake",
@@ -203,6 +264,7 @@ _TASKS = (
         source="huggingface.co/datasets/BoKelvin/SLAKE",
         licence="CC BY 4.0",
         data_class=OPEN,
+        run_by="MedEvalKit, lmms-eval, MedVLMBench",
     ),
     *_vqa(
         "pathvqa",
@@ -212,6 +274,7 @@ _TASKS = (
         counted="6,719 together: README.md of the source",
         source="huggingface.co/datasets/flaviagiammarino/path-vqa",
         licence="MIT; the images belong to their publishers",
+        run_by="MedEvalKit, VLMEvalKit, MedVLMBench",
     ),
     *_vqa(
         "quilt_vqa",
@@ -230,6 +293,7 @@ _TASKS = (
         counts=33_430,
         counted="test_2.csv: README.md of huggingface.co/datasets/mdwiratathya/PMC-VQA_small, a "
         "copy; test.csv, version 1, has about 50,000",
+        run_by="MedEvalKit",
         licence="CC BY-SA: README.md of the source",
         metric="accuracy",
     ),
@@ -250,6 +314,7 @@ _TASKS = (
         source="huggingface.co/datasets/foreverbeliever/OmniMedVQA",
         split="9 % of the images by hash, as in training here: none is published",
         licence="that of each of its 42 data sets",
+        run_by="MedEvalKit, VLMEvalKit",
         metric="accuracy",
     ),
     _task_spec(
@@ -259,6 +324,7 @@ _TASKS = (
         source="huggingface.co/datasets/jamessyx/PathMMU, data.json",
         split="test and test_tiny of all subsets",
         licence="CC BY-ND 4.0, gated; the images belong to their publishers",
+        run_by="VLMEvalKit",
         metric="accuracy",
     ),
     _task_spec(
