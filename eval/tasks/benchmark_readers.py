@@ -66,8 +66,10 @@ from medmax_jax.data.sources.row import (
 )
 from medmax_jax.endpoints.egress import LICENCE_BOUND, OPEN
 from medmax_jax.eval.benchmarks import (
+    deeptumorvqa,
     gmai_mmbench,
     kormedmcqa,
+    kvasir_vqa,
     medbookvqa,
     medframeqa,
     mediconfusion,
@@ -320,6 +322,8 @@ READERS: Mapping[str, Callable[[pathlib.Path], Iterator[Item | RejectedRow]]] = 
     ),
     "pmc_oa": _pmc_oa,
     mediconfusion.NAME: mediconfusion.read,
+    deeptumorvqa.NAME: deeptumorvqa.read,
+    kvasir_vqa.NAME: kvasir_vqa.read,
     **{name: functools.partial(smmile.read, name) for name in smmile.NAMES},
     medframeqa.NAME: medframeqa.read,
     kormedmcqa.NAME: kormedmcqa.read,

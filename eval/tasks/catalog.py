@@ -8,8 +8,10 @@ from collections.abc import Mapping
 
 from medmax_jax.endpoints.egress import CREDENTIALED, LICENCE_BOUND, OPEN
 from medmax_jax.eval.benchmarks import (
+    deeptumorvqa,
     gmai_mmbench,
     kormedmcqa,
+    kvasir_vqa,
     medbookvqa,
     medframeqa,
     mediconfusion,
@@ -401,6 +403,8 @@ _TASKS = (
     ),
     *mediconfusion.CARDS,
     *smmile.CARDS,
+    *deeptumorvqa.CARDS,
+    *kvasir_vqa.CARDS,
     *medframeqa.CARDS,
     *kormedmcqa.CARDS,
     *medbookvqa.CARDS,
