@@ -2,10 +2,11 @@
 
     benchmark/test_qa.json             {"questions": [{"qid": "bench_00017", "image_id":
                                        "BDMAP_00008446", "spacing": "[0.83 0.83 5.0]", "shape":
-                                       "(512, 512, 116)", "sex": null, "age": null, "question": "..",
-                                       "answer": "..", "mc_question": ".. A: .. B: ..",
-                                       "correct_option": "A", "organ": "spleen", "question_type":
-                                       "medical reasoning", "question_subtype": ".."}, ..]};
+                                       "(512, 512, 116)", "sex": null, "age": null,
+                                       "question": "..", "answer": "..", "mc_question":
+                                       ".. A: .. B: ..", "correct_option": "A", "organ": "spleen",
+                                       "question_type": "medical reasoning",
+                                       "question_subtype": ".."}, ..]};
                                        test_qa.jsonl has the same objects, one per line
     benchmark/images_2d/whole/         BDMAP_00008446.png ..
 
@@ -134,9 +135,10 @@ def _item(folder: pathlib.Path, form: str, place: RowLocation, row: dict[str, An
     question = field_text(row, "mc_question" if kind == "mcq" else "question")
     answer = field_text(row, "correct_option" if kind == "mcq" else "answer")
     if kind == "closed":
-        answer = own_yes_no(answer)
-        if not answer:
+        found = re.match(r"(yes|no)\b", answer.lower())
+        if not found:
             raise ExcludedRow(YES_NO)
+        answer = found[1]
     if kind == "numeric" and strict.parse_number(answer) is None:
         raise ExcludedRow(NO_NUMBER)
     names = {"question_type": "question_type", "subtype": "question_subtype", "organ": "organ"}
@@ -201,15 +203,18 @@ def own_phrase(text: str) -> str:
 
 
 def own_correct_mcq(text: str, record: Mapping[str, Any]) -> bool:
+    """Return whether the letter that is read is the correct one."""
     return own_letter(text) == record["answer"].strip().upper()
 
 
 def own_correct_closed(text: str, record: Mapping[str, Any]) -> bool:
+    """Return whether the yes or no that is read is the correct one."""
     answer = own_yes_no(without_reasoning(text))
     return bool(answer) and answer == own_yes_no(record["answer"])
 
 
 def own_correct_open(text: str, record: Mapping[str, Any]) -> bool:
+    """Return whether the phrase is the correct one."""
     return own_phrase(without_reasoning(text)) == own_phrase(record["answer"])
 
 
@@ -223,22 +228,18 @@ def own_accuracy(text: str, record: Mapping[str, Any]) -> float | None:
 
 def own_scores_numeric(records: Sequence[Mapping[str, Any]]) -> dict[str, OwnScore]:
     """Return the published relative accuracy, and the shares within its tolerances."""
-    accuracies = [own_accuracy(record["text"], record) for record in records]
-    scores = {"mra": question_sets.share(accuracies)}
+    scores = {"mra": question_sets.share(own_accuracy(r["text"], r) for r in records)}
     for percent in per_record.TOLERANCES:
-        within = (
-            a if a is None else _within(r, percent)
-            for r, a in zip(records, accuracies, strict=True)
-        )
-        scores[f"within_{percent}"] = question_sets.share(within)
+        verdicts = (own_within(record["text"], record, percent) for record in records)
+        scores[f"within_{percent}"] = question_sets.share(verdicts)
     return scores
 
 
-def _within(record: Mapping[str, Any], percent: int) -> bool:
-    reference = own_number(record["answer"])
-    value = own_number(without_reasoning(record["text"]))
-    if value is None:
-        return False
+def own_within(text: str, record: Mapping[str, Any], percent: int) -> bool | None:
+    """Return whether a number is within a tolerance; None where the reference has no number."""
+    reference, value = own_number(record["answer"]), own_number(without_reasoning(text))
+    if reference is None or value is None:
+        return None if reference is None else False
     if reference == 0:
         return value == 0
     return abs(value - reference) / abs(reference) <= percent / 100

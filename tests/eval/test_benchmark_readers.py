@@ -16,7 +16,7 @@ import pytest
 from medmax_jax.data import prepare
 from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.eval import suite
-from medmax_jax.eval.benchmarks import card
+from medmax_jax.eval.benchmarks.card import YES_NO
 from medmax_jax.eval.tasks import benchmark_import, benchmark_readers, catalog
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.storage.folder import StorageError
@@ -139,7 +139,7 @@ def test_vqa_rad(tmp_path):
     assert item.data_class == "open" and item.image == "VQA_RAD Image Folder/synpic54610.jpg"
     assert {r["reason"]: r["rows"] for r in summary["reasons"]} == {
         "not in the test split": 1,
-        card.YES_NO: 1,
+        YES_NO: 1,
     }
     assert "2 rows, published: 451" in summary["other_counts"]
 
@@ -353,7 +353,9 @@ def test_every_task_has_a_reader():
     read = {"vqa_rad", "slake", "pathvqa", "quilt_vqa", "pmc_vqa", "omnimed_vqa", "path_mmu"}
     read |= {"probmed", "llava_med", "pmc_oa", "pmc_vqa_clean"}
     others = {"medframeqa", "kormedmcqa_v", "medbookvqa", "medxpertqa_mm", "gmai_mmbench"}
-    assert read | others | {"r_rad", "r_slake"} == set(benchmark_readers.READERS)
+    others |= {"r_rad", "r_slake", "mediconfusion", "smmile", "smmile_plus_plus"}
+    others |= {"deeptumorvqa", "kvasir_vqa_x1"}
+    assert read | others == set(benchmark_readers.READERS)
     for task, card in catalog.TASKS.items():
         assert card.task == task and card.family in task_items.FAMILIES
         assert card.source and card.licence
