@@ -23,8 +23,11 @@ PERCENT = 100.0
 OURS = {  # where the metric is not that of the card; "" for none of this suite
     "BiomedCLIP image-image cosine": "clip_image_image",
     "confusion, %": "confusion",
-    "SMMILE exact match, 0-shot, %": "exact",
-    "SMMILE exact match, ICL, %": "exact",
+    **{
+        f"{title} exact match, {way}, %": "exact"
+        for title in ("SMMILE", "SMMILE++")
+        for way in ("0-shot", "ICL")
+    },
     **dict.fromkeys(catalog.UNMATCHED, ""),
 }
 BLIND = "blind"  # the entry of summary["baselines"] that another model answered

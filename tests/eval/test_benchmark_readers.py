@@ -320,7 +320,7 @@ def test_row_counts_are_compared_with_the_catalog(tmp_path):
 
 def test_invalid_files_are_refused(tmp_path):
     for name in benchmark_readers.READERS:
-        with pytest.raises(SourceError, match="none of|no test|no QA_information"):
+        with pytest.raises(SourceError, match="none of|no test|no train|no QA_information"):
             convert(tmp_path, name)
     put(tmp_path, "data.json", "[1]")
     with pytest.raises(SourceError, match="not {subset"):
@@ -359,8 +359,10 @@ def test_every_task_has_a_reader():
     for task, card in catalog.TASKS.items():
         assert card.task == task and card.family in task_items.FAMILIES
         assert card.source and card.licence
-        # No part of MedMax's tables; the code of MedThink scores closed questions only.
-        unpublished = ("pmc_vqa_clean_mcq", "r_rad_open", "r_slake_open")
+        # No part of MedMax's tables; the code of MedThink scores closed questions only; the free
+        # forms of DeepTumorVQA have one score together; none of Kvasir-VQA-x1 was read.
+        unpublished = ("pmc_vqa_clean_mcq", "r_rad_open", "r_slake_open", "kvasir_vqa_x1_open")
+        unpublished += tuple(f"deeptumorvqa_{kind}" for kind in ("numeric", "closed", "open"))
         assert card.published or task in unpublished
         assert (card.counts is None) or card.counted
     for line in catalog.MODELS:
