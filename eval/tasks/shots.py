@@ -96,7 +96,8 @@ def _draw(
 
 def _allowed(item: Item, other: Item) -> bool:
     images = set(item.images) & set(other.images) if FAMILIES[item.family].shows_image else set()
-    return other.group != item.group and not images
+    shown = {shot.id for shot in item.shots}
+    return other.group != item.group and other.id not in shown and not images
 
 
 def _with(item: Item, drawn: Sequence[Item]) -> Item:
