@@ -15,6 +15,9 @@
     multimodal        judge_preference, S_image_image, S_image_image_best, token_f1, rouge_l,
                       has_image, modality_match
     visual_chat       judge_preference, token_f1, rouge_l
+    image_editing     psnr, ssim, S_image_image, modality_match
+    multimodal_generation  psnr, ssim, S_image_image, S_image_image_best, token_f1, rouge_l,
+                      has_image, modality_match
 
 S is `clip` for BiomedCLIP and `efficientnet` for EfficientNet-Lite0, which reads no text. A record
 on which a judge or scorer failed is unscored; a metric without its judge or scorer is absent.
@@ -29,7 +32,7 @@ from typing import Any
 
 from medmax_jax.endpoints import egress, reasoning
 from medmax_jax.eval.config import EvalError
-from medmax_jax.eval.metrics import strict
+from medmax_jax.eval.metrics import full_reference, strict
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.metrics.strict import ItemScore
 from medmax_jax.eval.stats import intervals
@@ -37,6 +40,7 @@ from medmax_jax.io import journal
 
 Record = Mapping[str, Any]
 JUDGMENTS, IMAGE_SCORES = "judgments.jsonl", "image_scores.jsonl"
+REFERENCE_SCORES = "reference_scores.jsonl"  # PSNR and SSIM
 CORRECT, RELATIVE = "correct", "relative"
 PAPER_OPEN, PAPER_RELATIVE = "paper_open", "paper_relative"
 PAIRWISE_FAMILIES = ("multimodal", "visual_chat")  # families that a judge compares with a reference
@@ -49,7 +53,10 @@ IMAGE_METRICS = {
     "captioning": ("image_text", "caption_caption", "combined", "recall_1", "recall_5"),
     "image_generation": ("image_text", "image_image", "recall_1", "recall_5"),
     "multimodal": ("image_image", "image_image_best"),
+    "image_editing": ("image_image",),
+    "multimodal_generation": ("image_image", "image_image_best"),
 }
+REFERENCE_METRICS = ("psnr", "ssim")
 IMAGE_PAIR_METRICS = ("image_image", "image_image_best")
 COSINES = ("image_text", "caption_caption", *IMAGE_PAIR_METRICS)
 
@@ -58,12 +65,13 @@ COSINES = ("image_text", "caption_caption", *IMAGE_PAIR_METRICS)
 class ScoringInputs:
     """Holds the results of judges and scorers.
 
-    judgments: kind -> id -> line. image_scores: scorer's name -> id -> line. `judge`, `scorers`:
-    their fingerprints.
+    judgments: kind -> id -> line. image_scores: scorer's name -> id -> line. reference_scores: id
+    -> line. `judge`, `scorers`: their fingerprints.
     """
 
     judgments: Mapping[str, Mapping[str, Mapping]] = dataclasses.field(default_factory=dict)
     image_scores: Mapping[str, Mapping[str, Mapping]] = dataclasses.field(default_factory=dict)
+    reference_scores: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
     judge: str = ""
     scorers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -90,7 +98,10 @@ def read(workdir: str | Path, *, judge: str | None = None) -> ScoringInputs:
         if line["judge"] == judge:
             judgments.setdefault(line["kind"], {})[line["id"]] = line
     inputs = load_image_scores(workdir / IMAGE_SCORES)
-    return dataclasses.replace(inputs, judgments=judgments, judge=judge)
+    references = {r["id"]: r for r in journal.read_jsonl(workdir / REFERENCE_SCORES, ("id",))}
+    return dataclasses.replace(
+        inputs, judgments=judgments, judge=judge, reference_scores=references
+    )
 
 
 def probe_scores_file(name: str) -> str:
@@ -142,22 +153,28 @@ def record_scores(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str
         scores["token_f1"] = strict.scored(text_metrics.token_f1(text, answer))
     else:
         scores = _preference_score(record, inputs) if family in PAIRWISE_FAMILIES else {}
+        scores |= _reference_scores(record, inputs)
         for scorer, lines in inputs.image_scores.items():
             scores |= _image_scores(record, scorer, lines.get(record["id"]))
         scores |= _text_scores(record)
     if record.get("error"):
-        return {name: strict.unscored(record["error"], low=minimum_score(name)) for name in scores}
+        return {name: _unscored(name, record["error"]) for name in scores}
     return scores
 
 
+def _unscored(metric: str, why: str) -> ItemScore:
+    low, high = span(metric)
+    return strict.unscored(why, low=low, high=high)
+
+
 def minimum_score(metric: str) -> float:
-    """Return the lowest possible value of a metric: cosines reach -1."""
-    return -1.0 if metric.endswith(COSINES) else 0.0
+    """Return the lowest possible value of a metric: cosines and SSIM reach -1."""
+    return -1.0 if metric.endswith((*COSINES, "ssim")) else 0.0
 
 
 def span(metric: str) -> intervals.Span:
     """Return the lowest and the highest possible value of a metric."""
-    return minimum_score(metric), 1.0
+    return minimum_score(metric), full_reference.MAX_PSNR if metric == "psnr" else 1.0
 
 
 def pairs(record: Record, inputs: ScoringInputs, kind: str) -> list[tuple[float, float]]:
@@ -246,6 +263,17 @@ def _image_scores(record: Record, scorer: str, line: Mapping | None) -> dict[str
     }
 
 
+def _reference_scores(record: Record, inputs: ScoringInputs) -> dict[str, ItemScore]:
+    """Return PSNR and SSIM of a record with a reference; 0 for an answer without an image."""
+    if not record.get("reference_image"):
+        return {}
+    line = inputs.reference_scores.get(record["id"])
+    if line is None or line.get("problem"):
+        why = line["problem"] if line else "not compared with its reference"
+        return {name: _unscored(name, why) for name in REFERENCE_METRICS}
+    return {name: strict.scored(line.get(name, 0.0)) for name in REFERENCE_METRICS}
+
+
 def _cosine(line: Mapping, name: str, select: Callable) -> float | None:
     cosines = line.get(name)
     if cosines is None:
@@ -256,14 +284,14 @@ def _cosine(line: Mapping, name: str, select: Callable) -> float | None:
 def _text_scores(record: Record) -> dict[str, ItemScore]:
     family, text, answer = record["family"], answer_text(record), record["answer"]
     values = {}
-    if family != "image_generation":
+    if family not in ("image_generation", "image_editing"):
         values["token_f1"] = text_metrics.token_f1(text, answer)
         values["rouge_l"] = text_metrics.rouge_l(text, answer)
     if family == "captioning" and record["facts"]:
         values["fact_recall"] = text_metrics.recall(text, record["facts"])
-    if family == "multimodal":
+    if family in ("multimodal", "multimodal_generation"):
         values["has_image"] = float(bool(record["images"]))
-    generates_image = family in ("image_generation", "multimodal")
+    generates_image = family in IMAGE_METRICS and family != "captioning"
     if generates_image and record["predicted_modality"] is not None and record["modality"]:
         values["modality_match"] = float(record["predicted_modality"] == record["modality"])
     return {name: strict.scored(value) for name, value in values.items()}

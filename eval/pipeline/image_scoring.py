@@ -153,10 +153,11 @@ class _EmbeddingJob:
         return [self._resolved(self._workdir, record, name) for name in record["images"]]
 
     def _reference(self, record: Record) -> Path | None:
-        """Return the file of the item's image; None where there is none."""
-        if not record["image"]:
+        """Return the file of the item's image, or of the expected one; None for none."""
+        name = record.get("reference_image") or record["image"]
+        if not name:
             return None
-        path = self._resolved(self._folder, record, record["image"])
+        path = self._resolved(self._folder, record, name)
         return path if path.is_file() else None
 
     def _resolved(self, folder: Path, record: Record, name: str) -> Path:

@@ -33,6 +33,7 @@ from medmax_jax.eval.pipeline import (
     judging,
     option_likelihoods,
     perturbation,
+    reference_scoring,
     run_facts,
 )
 from medmax_jax.eval.reporting import page
@@ -399,8 +400,11 @@ def run_judge(run: EvalRun, records: list[dict[str, Any]]) -> dict[str, Any] | N
 def run_image_scoring(run: EvalRun, records: list[dict[str, Any]], probed) -> list[dict[str, Any]]:
     """Write image_scores.jsonl, also for probe captions; return the scores of complete image sets.
 
-    Without scorers nothing is written.
+    Without scorers only images that have a reference are compared with it.
     """
+    reference_scoring.score_references(
+        records, run.workdir, images_folder=run.eval_set.folder, progress=run.progress
+    )
     names = run.settings.scorers
     scorers = [scorer.open_scorer(name, batch=run.settings.rows) for name in names]
     if not scorers:

@@ -35,6 +35,9 @@ METRICS: Mapping[str, str] = {
         f"within_{percent}": f"share of numbers within {percent} % of the reference; {HIGHER}"
         for percent in (5, 10, 20, 50)
     },
+    "psnr": "peak signal-to-noise ratio to the reference image in dB, 100 if equal, 0 without an "
+    f"image; {HIGHER}",
+    "ssim": f"structural similarity to the reference image, -1 to 1; 0 without an image; {HIGHER}",
     "kid": "kernel inception distance between the generated and the real images, of the "
     f"scorer's embeddings; 0: equal distributions; {LOWER}",
     "diversity": "mean distance of two generated images; compare with that of the references",

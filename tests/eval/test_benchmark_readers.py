@@ -354,15 +354,17 @@ def test_every_task_has_a_reader():
     read |= {"probmed", "llava_med", "pmc_oa", "pmc_vqa_clean"}
     others = {"medframeqa", "kormedmcqa_v", "medbookvqa", "medxpertqa_mm", "gmai_mmbench"}
     others |= {"r_rad", "r_slake", "mediconfusion", "smmile", "smmile_plus_plus"}
-    others |= {"deeptumorvqa", "kvasir_vqa_x1"}
+    others |= {"deeptumorvqa", "kvasir_vqa_x1", "medgen_bench"}
     assert read | others == set(benchmark_readers.READERS)
     for task, card in catalog.TASKS.items():
         assert card.task == task and card.family in task_items.FAMILIES
         assert card.source and card.licence
         # No part of MedMax's tables; the code of MedThink scores closed questions only; the free
-        # forms of DeepTumorVQA have one score together; none of Kvasir-VQA-x1 was read.
+        # forms of DeepTumorVQA have one score together; none of Kvasir-VQA-x1 and
+        # MedGEN-Bench was read.
         unpublished = ("pmc_vqa_clean_mcq", "r_rad_open", "r_slake_open", "kvasir_vqa_x1_open")
         unpublished += tuple(f"deeptumorvqa_{kind}" for kind in ("numeric", "closed", "open"))
+        unpublished += tuple(f"medgen_bench_{kind}" for kind in ("open", "editing", "generation"))
         assert card.published or task in unpublished
         assert (card.counts is None) or card.counted
     for line in catalog.MODELS:

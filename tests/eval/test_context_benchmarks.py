@@ -1,6 +1,7 @@
-"""MediConfusion, SMMILE, DeepTumorVQA-2D and Kvasir-VQA-x1, in their published formats."""
+"""MediConfusion, SMMILE, DeepTumorVQA-2D, Kvasir-VQA-x1, MedGEN-Bench in published formats."""
 
 import json
+from pathlib import Path
 
 import benchmark_files as files
 import PIL.Image
@@ -8,7 +9,9 @@ import pytest
 from test_benchmark_formats import convert
 
 from medmax_jax.data.records.row_streams import SourceError
+from medmax_jax.eval import evaluate
 from medmax_jax.eval.config import EvalError
+from medmax_jax.eval.metrics import full_reference
 from medmax_jax.eval.tasks import catalog, selection
 from medmax_jax.eval.tasks import items as task_items
 
@@ -274,6 +277,102 @@ def test_kvasir_vqa_x1_of_another_schema_is_refused(tmp_path):
     put_kvasir(tmp_path, [{k: v for k, v in kvasir(0).items() if k != "question_class"}])
     with pytest.raises(SourceError, match="columns .*question_class.* are missing"):
         convert(tmp_path, "kvasir_vqa_x1")
+
+
+def put_medgen(folder, *, count=2, **changes):
+    """Write the three formats of MedGEN-Bench; the second row of each has the changes."""
+    tasks = dict(
+        VQA="multiple-choice", ImageEditing="style-transfer", MultimodalGeneration="report"
+    )
+    for kind, task in tasks.items():
+        rows = []
+        for n in range(count):
+            names = [f"images/{n}.jpg"] + (["images/9.jpg"] if kind == "VQA" else [])
+            row = dict(
+                sample_id=f"{kind}-{n}",
+                instruction="Add the finding.",
+                input_image=names,
+                ground_truth_image=[] if kind == "VQA" else [f"images/gt{n}.jpg"],
+                answer=""
+                if kind == "ImageEditing"
+                else {"finding": "none"}
+                if n
+                else "Clear lungs",
+                category="CT",
+                paper_task=task,
+                modality="CT",
+            )
+            rows.append(row | {"sub-category": "x"} | (changes if n == 1 else {}))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        files.put(folder, f"{kind}/{task}/data.jsonl", text)
+        for number, name in enumerate(["0", "1", "9", "gt0", "gt1"]):
+            files.put(folder, f"{kind}/{task}/images/{name}.jpg", files.image(number))
+
+
+def test_medgen_bench(tmp_path):
+    put_medgen(tmp_path)
+    summary, items = convert(tmp_path, "medgen_bench", prefix="g")
+    assert summary["tasks"] == {
+        f"medgen_bench_{kind}": 2 for kind in ("editing", "generation", "open")
+    }
+    assert "2 rows of medgen_bench_editing, published: 3872" in summary["other_counts"]
+    by_family = {item.family: item for item in items}  # the second row of each
+    question, edit = by_family["vqa_open"], by_family["image_editing"]
+    assert len(question.images) == 2 and question.answer == '{"finding": "none"}'
+    assert edit.reference_image == "g/ImageEditing/style-transfer/images/gt1.jpg"
+    assert edit.image == "g/ImageEditing/style-transfer/images/1.jpg"
+    assert dict(edit.slices)["task"] == "style-transfer"
+    total = sum(catalog.TASKS[task].counts for task in summary["tasks"])
+    assert total == 6_623
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(ground_truth_image=["a.jpg", "b.jpg"]), "an image is missing in the folder"),
+        (dict(input_image=[]), "input_image: empty"),
+        (dict(input_image=["../../x.jpg"]), "input_image: leads out of the folder"),
+        (dict(instruction=None), "instruction: missing"),
+    ],
+)
+def test_a_bad_row_of_medgen_bench_is_named(tmp_path, changes, reason):
+    put_medgen(tmp_path, **changes)
+    with pytest.raises(SourceError, match="3 of 6 rows are malformed.*row 2") as caught:
+        convert(tmp_path, "medgen_bench")
+    assert reason in str(caught.value)
+
+
+class Editor:
+    """Returns the image it was shown, with a text where one is expected."""
+
+    name = fingerprint = "editor"
+
+    def generate(self, requests):
+        answers = []
+        for request in requests:
+            shown = [PIL.Image.open(p).convert("RGB") for p in request.parts if isinstance(p, Path)]
+            texts = [] if request.mode == "image" else ["Clear lungs"]
+            answers.append([*texts, *([shown[0]] if request.id.endswith("1") else [])])
+        return answers
+
+
+def test_edits_are_compared_with_their_reference(tmp_path):
+    put_medgen(tmp_path)
+    convert(tmp_path, "medgen_bench")
+    options = dict(images=tmp_path, progress=lambda line: None, baselines="", probes="")
+    counts = dict(vqa_open=0)
+    path = tmp_path / "out" / "items.jsonl"
+    summary = evaluate(Editor(), path, tmp_path / "w", counts=counts, options=False, **options)
+    rows = {(row["task"], row["metric"]): row for row in summary["scores"]}
+    psnr = rows["medgen_bench_editing", "psnr"]
+    with PIL.Image.open(files.IMAGES[0]) as a, PIL.Image.open(files.IMAGES[3]) as b:
+        expected = full_reference.scores(a.convert("RGB"), b.convert("RGB"))
+    assert psnr["headline"] and psnr["n"] == 2
+    assert psnr["value"] == pytest.approx(expected["psnr"] / 2)  # the other has no image: 0
+    assert rows["medgen_bench_generation", "ssim"]["value"] == pytest.approx(expected["ssim"] / 2)
+    assert rows["medgen_bench_generation", "has_image"]["value"] == 0.5
+    page = (tmp_path / "w" / "items.html").read_text()
+    assert "reference" in page and (tmp_path / "w" / "reference_scores.jsonl").exists()
 
 
 def test_a_missing_image_is_named_before_an_evaluation(tmp_path):

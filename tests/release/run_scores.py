@@ -6,6 +6,7 @@ python tests/release/run_scores.py --scoring NAME --checkout FOLDER [--write]
     mediconfusion   github.com/MShahabSepehri/MediConfusion at 40a8b419
     smmile_*        github.com/eth-medical-ai-lab/smmile at ab004d2f     (needs pandas)
     deeptumorvqa_*  github.com/Schuture/DeepTumorVQA at 1df7460d
+    medgen_bench    github.com/yangjj007/MedGEN-Bench-eval at 3450b8ef   (needs scikit-image, and pillow 12)
 
 The code is imported as it is, with stubs for what it would load or request. A verdict is a number,
 or null where the output is not counted. Without --write it checks that the file agrees.
@@ -114,8 +115,19 @@ def deeptumorvqa(checkout: Path, rows: Rows, name: str) -> list[Any]:
     return [verdict(row) for row in rows]
 
 
+def medgen_bench(checkout: Path, rows: Rows, name: str) -> list[Any]:
+    module = load(checkout / "util" / "metrics.py", "metrics")
+
+    def verdict(row: dict[str, Any]) -> list[float]:
+        pair = score_outputs.images(row)
+        return [round(module.FR_IQA(*pair, metric), 6) for metric in ("psnr", "ssim")]
+
+    return [verdict(row) for row in rows]
+
+
 SCORINGS = {  # -> commit, function
     "mediconfusion": ("40a8b419", mediconfusion),
+    "medgen_bench": ("3450b8ef", medgen_bench),
     "smmile_open": ("ab004d2f", smmile_open),
     "smmile_mcq": ("ab004d2f", smmile_mcq),
     **{

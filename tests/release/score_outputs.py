@@ -1,10 +1,11 @@
-"""1,200 raw outputs for each published scoring, the same on every machine.
+"""1,200 or 1,000 raw outputs for each published scoring, the same on every machine.
 
     scoring               {answer, text, ..}: what is scored
     mediconfusion         600 pairs: the option of each image, and both texts in turn
     smmile_open           a reference and a response
     smmile_mcq            five options, the letter of the right one, a response
     deeptumorvqa_mcq, deeptumorvqa_numeric, deeptumorvqa_closed, deeptumorvqa_open
+    medgen_bench          1,000 pairs of images: width, height and the seeds of their pixels
 
 Each is in part a plain answer, in part a form that the published code looks for, in part pieces
 that are put together at random.
@@ -45,6 +46,33 @@ YES_NO = (
 ).split("|")
 
 
+def images(row: dict[str, Any]) -> tuple[Any, Any]:
+    """Return (generated, reference) of a row of medgen_bench: blocks, equal or with noise.
+
+    Every fourth generated image has another size.
+    """
+    import PIL.Image
+
+    rng = random.Random(row["seed"])
+    width, height = row["size"]
+    blocks = [[int(rng.random() * 256) for _ in range(3)] for _ in range(4)]
+    pixels = [
+        bytes(blocks[2 * (y * 2 // height) + x * 2 // width])
+        for y in range(height)
+        for x in range(width)
+    ]
+    reference = PIL.Image.frombytes("RGB", (width, height), b"".join(pixels))
+    noise = row["noise"]
+    changed = bytes(
+        min(255, max(0, value + int((rng.random() - 0.5) * 2 * noise)))
+        for value in b"".join(pixels)
+    )
+    generated = PIL.Image.frombytes("RGB", (width, height), changed)
+    if row["seed"] % 4 == 3:
+        generated = generated.resize(row["other"], PIL.Image.Resampling.NEAREST)
+    return generated, reference
+
+
 def rows(name: str) -> list[dict[str, Any]]:
     """Return what one scoring reads."""
     rng = random.Random(f"{SEED} {name}")
@@ -64,6 +92,14 @@ def rows(name: str) -> list[dict[str, Any]]:
             return one(FORMS).format(x=x, y=one(letters), t=options[letters.index(x)])
         return noise()
 
+    if name == "medgen_bench":
+        sizes = (7, 8, 12, 16, 31)
+        return [
+            dict(
+                size=[one(sizes), one(sizes)], other=[one(sizes), one(sizes)], seed=n, noise=n % 60
+            )
+            for n in range(1_000)
+        ]
     made = []
     for number in range(COUNT):
         if name == "mediconfusion":
