@@ -269,7 +269,6 @@ def _card(kind: str, title: str, family: str, metric: str, **changes: Any) -> Ta
         counted=SCHEMA,
         prompt="the published facts of the scan, then the row's question",
         own_scorer=f"{CODE}: agrees on 1,200 of 1,200 outputs",
-        run_by="none known",
         **changes,
     )
 

@@ -77,6 +77,5 @@ CARDS = (
         "four processes that the script does not seed; config.perturbation=kvasir has the same "
         "operations, drawn by the item's id",
         own_scorer="none: the repository at 67903e52 has no evaluation code",
-        run_by="none known",
     ),
 )

@@ -107,7 +107,6 @@ def _card(kind: str, title: str, family: str, metric: str, counts: int, **change
         metric=metric,
         counts=counts,
         counted="README.md of github.com/yangjj007/MedGEN-Bench-eval at 3450b8ef",
-        run_by="none known",
         **changes,
     )
 

@@ -129,6 +129,5 @@ CARDS = (
         own_scores=own_scores,
         own_scorer="utils/answering.py of github.com/MShahabSepehri/MediConfusion at 40a8b419, "
         "mode mc: agrees on 1,200 of 1,200 outputs",
-        run_by="none known",
     ),
 )

@@ -245,7 +245,6 @@ def _cards(name: str, title: str, count: int, source: str) -> tuple[TaskSpec, Ta
         prompt="the row's, after its shots if config.shots is not 0",
         counts=count,
         counted="results of all models in github.com/eth-medical-ai-lab/smmile at ab004d2f",
-        run_by="none known",
     )
     scorer = "github.com/eth-medical-ai-lab/smmile at ab004d2f, inference_and_evaluation/"
     agrees = "agrees on 1,200 of 1,200 outputs"

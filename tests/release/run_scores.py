@@ -6,7 +6,7 @@ python tests/release/run_scores.py --scoring NAME --checkout FOLDER [--write]
     mediconfusion   github.com/MShahabSepehri/MediConfusion at 40a8b419
     smmile_*        github.com/eth-medical-ai-lab/smmile at ab004d2f     (needs pandas)
     deeptumorvqa_*  github.com/Schuture/DeepTumorVQA at 1df7460d
-    medgen_bench    github.com/yangjj007/MedGEN-Bench-eval at 3450b8ef   (needs scikit-image, and pillow 12)
+    medgen_bench    github.com/yangjj007/MedGEN-Bench-eval at 3450b8ef   (scikit-image, pillow 12)
 
 The code is imported as it is, with stubs for what it would load or request. A verdict is a number,
 or null where the output is not counted. Without --write it checks that the file agrees.
