@@ -9,7 +9,6 @@ kormedeval/datasets/kormedmcqa_v.py (fields, prompt, scoring), kormedeval/utils.
 """
 
 import ast
-import json
 import pathlib
 import re
 import warnings
@@ -70,7 +69,7 @@ def _row(place: RowLocation, row: dict[str, Any]) -> Item:
 def _images(value: Any) -> list[Mapping[str, Any]]:
     if isinstance(value, str):
         try:
-            value = text_files.parse_json(value.encode(), "images")
+            value = text_files.parse_json(value.encode(), "images")  # bounded by the Parquet row
         except ValueError as error:
             raise RowError("images: not JSON") from error
     if not isinstance(value, list) or not all(isinstance(image, dict) for image in value):
@@ -114,7 +113,7 @@ def _parsed(response: str) -> str | None:
 
 def _literal(block: str) -> Any:
     """Return the value of JSON, or of a Python literal, which is parsed and never run."""
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (_json, ast.literal_eval):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of an invalid escape in the model's text
@@ -122,6 +121,11 @@ def _literal(block: str) -> Any:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     return None
+
+
+def _json(block: str) -> Any:
+    lenient = dict(allow_nonfinite=True, allow_lone_surrogates=True)
+    return text_files.parse_json(block.encode(), "an answer", **lenient)
 
 
 README = "README.md of github.com/baeseongsu/kormedmcqa_v at 9c6c6ce"

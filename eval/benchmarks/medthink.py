@@ -141,7 +141,7 @@ def _cards(name: str, title: str, licence: str, trained: float) -> tuple[TaskSpe
             family="vqa_rationale",
             metric="accuracy",
             differs="MedThink: three orders of answer and rationale, each of a model that is "
-            "trained on it; here one request without an example. Its ROUGE stems words",
+            "trained on it; here one request without an example. Its ROUGE-L stems words",
             prompt="'Question: .. Options: (A) yes (B) no', the row's question",
             published=(
                 Published(

@@ -12,6 +12,7 @@ Both files have the texts of records.jsonl, and are for the same readers. Images
 items are neither copied nor linked.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from medmax_jax.storage.folder import file_sha256
 
 REPORT, PAGE, TABLE, IMAGES = "report.html", "items.html", "items.csv", "item_images"
 SIZE, QUALITY = 256, 85  # pixels of the longer side, and JPEG quality, of a copy
+ENTRIES = "<!-- entries -->"
 TITLE_CHARS = 90  # of the prompt in the title of an entry
 CORRECT, WRONG, PARTIAL, ERROR, NOT_SCORED = "correct", "wrong", "partial", "error", "not scored"
 STATUS: Mapping[str, html_page.Status] = {
@@ -77,9 +79,10 @@ def write(
     body += html_page.details(
         "Definitions of the metrics", html_page.table(["", ""], list(terms.items()))
     )
-    body += html_page.browser(entries)
-    title = f"Items of {summary['model']}"
-    journal.write_text(workdir / PAGE, html_page.document(title, body, scripted=True))
+    document = html_page.document(f"Items of {summary['model']}", body + ENTRIES, scripted=True)
+    before, after = document.split(ENTRIES)  # other text is escaped, so the mark is there once
+    parts = itertools.chain([before], html_page.browser(entries), [after])
+    journal.write_text(workdir / PAGE, parts)
     journal.write_text(workdir / TABLE, csv_files.csv_text(COLUMNS, rows))
 
 
