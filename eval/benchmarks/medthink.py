@@ -141,8 +141,9 @@ def _cards(name: str, title: str, licence: str, trained: float) -> tuple[TaskSpe
             family="vqa_rationale",
             metric="accuracy",
             differs="MedThink: three orders of answer and rationale, each of a model that is "
-            "trained on it; here one request without an example. Its ROUGE-L stems words",
-            prompt="'Question: .. Options: (A) yes (B) no', the row's question",
+            "trained on it; here that of its Explanation, the answer first, without training and "
+            "without the cue 'Answer:'. Its ROUGE-L stems words",
+            prompt="as in MedThink: 'Question: .. Options: (A) yes (B) no'",
             published=(
                 Published(
                     model="MedThink, trained on it",

@@ -151,6 +151,10 @@ def test_medthink(tmp_path, name):
     assert (closed.family, closed.answer) == ("vqa_rationale", "B")
     assert closed.prompt == "Question: Is there a fracture?\nOptions: (A) yes (B) no"
     assert closed.context == "The ribs are intact. No line crosses them."
+    assert task_items.prompt_text(closed, "chat").endswith(
+        "\nAnswer with 'The answer is (A).', with the letter of one option, then 'Solution:' and "
+        "the reasons only."
+    )
     assert (opened.family, opened.answer) == ("vqa_open", "the left rib")
     text = f"The answer is (B).\nSolution: {closed.context}"
     scores = per_record.record_scores(task_items.item_fields(closed) | dict(text=text))
