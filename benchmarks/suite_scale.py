@@ -159,8 +159,8 @@ def evaluate(folder: pathlib.Path, profile: str) -> dict:
     ends = [marks["plan"], marks["run"], time.perf_counter()]
     seconds = [end - start for start, end in zip([begin, *ends], ends, strict=False)]
     return dict(zip(STAGES, (round(s, 2) for s in seconds), strict=True)) | dict(
-        items=sum(row["n"] for row in summary["scores"] if row["headline"]),
-        tasks=sum(row["headline"] for row in summary["scores"]),
+        items=sum(row.n for row in summary.scores if row.headline),
+        tasks=sum(row.headline for row in summary.scores),
         cpu_s=round(time.process_time(), 1),
         peak_mib=round(peak_kib() / 1024, 1),
     )

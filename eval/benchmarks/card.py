@@ -6,14 +6,15 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from medmax_jax.data.records.row_streams import RowLocation
 from medmax_jax.endpoints.egress import LICENCE_BOUND
+from medmax_jax.eval.records import EvalRecord
 
 Item = dict[str, Any]  # "image_bytes": where the format embeds them
-OwnRule = Callable[[str, Mapping[str, Any]], bool | None]
+OwnRule = Callable[[str, EvalRecord], bool | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

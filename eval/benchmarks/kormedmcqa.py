@@ -19,6 +19,7 @@ from medmax_jax.data.records.row_streams import RowLocation, parquet_rows
 from medmax_jax.data.sources.row import RejectedRow, RowError, collect_rows, field_text
 from medmax_jax.eval.benchmarks import fields
 from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.io import text_files
 
 NAME = "kormedmcqa_v"
@@ -85,13 +86,13 @@ def _answer(value: Any) -> Any:
     return LETTERS[value - 1] if is_number and 1 <= value <= len(LETTERS) else value
 
 
-def own_correct(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct(text: str, record: EvalRecord) -> bool:
     """Return whether the published evaluation reads the right letter from a response."""
     for start, end in THINKING:
         if start in text and end in text:
             text = text.partition(end)[2].strip()
             break
-    return _parsed(text) == record["answer"]
+    return _parsed(text) == record.answer
 
 
 def _parsed(response: str) -> str | None:

@@ -29,6 +29,7 @@ from medmax_jax.data.sources.row import (
 from medmax_jax.endpoints.egress import OPEN
 from medmax_jax.eval.benchmarks import fields
 from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec, item_row
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.io import text_files
 from medmax_jax.io.text_files import TextFileError
 
@@ -111,13 +112,13 @@ def _image(name: str, row: dict[str, Any]) -> str:
     return field_image_path(row, "img_name", "images")
 
 
-def own_correct(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct(text: str, record: EvalRecord) -> bool:
     """Return whether the published evaluation reads the same letter as from its target.
 
     "The answer is (A)" must occur once; where the target's rationale repeats it, a response that
     states no answer is right.
     """
-    target = f"The answer is ({record['answer']}).\nSolution: {record['context']}"
+    target = f"The answer is ({record.answer}).\nSolution: {record.context}"
     return _stated(text) == _stated(target)
 
 
