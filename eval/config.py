@@ -15,8 +15,6 @@ class EvalError(ValueError):
 
 MAX_SHOTS = 32  # examples before a question
 PERTURBATIONS = ("", "kvasir")  # of images that are shown; "" for none
-# The fields of every record from which a score, a page or a comparison is computed.
-RECORD = ("id", "task", "family", "prompt", "answer", "image", "group", "text")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

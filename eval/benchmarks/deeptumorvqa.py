@@ -43,6 +43,7 @@ from medmax_jax.eval.benchmarks.card import (
 )
 from medmax_jax.eval.metrics import per_record, question_sets, strict
 from medmax_jax.eval.metrics.question_sets import OwnScore
+from medmax_jax.eval.records import EvalRecord
 
 NAME = "deeptumorvqa"
 FILES = ("benchmark/test_qa.json", "benchmark/test_qa.jsonl")
@@ -202,42 +203,42 @@ def own_phrase(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"[^\w\s\-]", "", text.strip().lower()))
 
 
-def own_correct_mcq(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct_mcq(text: str, record: EvalRecord) -> bool:
     """Return whether the letter that is read is the correct one."""
-    return own_letter(text) == record["answer"].strip().upper()
+    return own_letter(text) == record.answer.strip().upper()
 
 
-def own_correct_closed(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct_closed(text: str, record: EvalRecord) -> bool:
     """Return whether the yes or no that is read is the correct one."""
     answer = own_yes_no(without_reasoning(text))
-    return bool(answer) and answer == own_yes_no(record["answer"])
+    return bool(answer) and answer == own_yes_no(record.answer)
 
 
-def own_correct_open(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct_open(text: str, record: EvalRecord) -> bool:
     """Return whether the phrase is the correct one."""
-    return own_phrase(without_reasoning(text)) == own_phrase(record["answer"])
+    return own_phrase(without_reasoning(text)) == own_phrase(record.answer)
 
 
-def own_accuracy(text: str, record: Mapping[str, Any]) -> float | None:
+def own_accuracy(text: str, record: EvalRecord) -> float | None:
     """Return the published relative accuracy; None where the reference has no number."""
-    reference, value = own_number(record["answer"]), own_number(without_reasoning(text))
+    reference, value = own_number(record.answer), own_number(without_reasoning(text))
     if reference is None:
         return None
     return 0.0 if value is None else strict.relative_accuracy(value, reference)
 
 
-def own_scores_numeric(records: Sequence[Mapping[str, Any]]) -> dict[str, OwnScore]:
+def own_scores_numeric(records: Sequence[EvalRecord]) -> dict[str, OwnScore]:
     """Return the published relative accuracy, and the shares within its tolerances."""
-    scores = {"mra": question_sets.share(own_accuracy(r["text"], r) for r in records)}
+    scores = {"mra": question_sets.share(own_accuracy(r.text, r) for r in records)}
     for percent in per_record.TOLERANCES:
-        verdicts = (own_within(record["text"], record, percent) for record in records)
+        verdicts = (own_within(record.text, record, percent) for record in records)
         scores[f"within_{percent}"] = question_sets.share(verdicts)
     return scores
 
 
-def own_within(text: str, record: Mapping[str, Any], percent: int) -> bool | None:
+def own_within(text: str, record: EvalRecord, percent: int) -> bool | None:
     """Return whether a number is within a tolerance; None where the reference has no number."""
-    reference, value = own_number(record["answer"]), own_number(without_reasoning(text))
+    reference, value = own_number(record.answer), own_number(without_reasoning(text))
     if reference is None or value is None:
         return None if reference is None else False
     if reference == 0:
@@ -245,9 +246,9 @@ def own_within(text: str, record: Mapping[str, Any], percent: int) -> bool | Non
     return abs(value - reference) / abs(reference) <= percent / 100
 
 
-def own_scores_open(records: Sequence[Mapping[str, Any]]) -> dict[str, OwnScore]:
+def own_scores_open(records: Sequence[EvalRecord]) -> dict[str, OwnScore]:
     """Return the published exact match of phrases."""
-    verdicts = (own_correct_open(record["text"], record) for record in records)
+    verdicts = (own_correct_open(record.text, record) for record in records)
     return {"exact": question_sets.share(verdicts)}
 
 

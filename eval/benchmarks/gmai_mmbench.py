@@ -29,6 +29,7 @@ from medmax_jax.data.sources.vqa import MAX_IMAGE_BYTES
 from medmax_jax.eval.benchmarks import fields
 from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
 from medmax_jax.eval.metrics import text as text_metrics
+from medmax_jax.eval.records import EvalRecord
 
 NAME = "gmai_mmbench"
 FILE = "GMAI-MMBench_VAL.tsv"
@@ -90,9 +91,9 @@ def _row(paths: dict[str, str], place: RowLocation, row: dict[str, Any]) -> Item
     return item
 
 
-def own_correct(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct(text: str, record: EvalRecord) -> bool:
     """Return whether VLMEvalKit's exact matching, without a judge, infers the right letter."""
-    return _inferred(text, text_metrics.options(record["prompt"])) == record["answer"]
+    return _inferred(text, text_metrics.options(record.prompt)) == record.answer
 
 
 def _inferred(answer: str, options: Mapping[str, str]) -> str | None:

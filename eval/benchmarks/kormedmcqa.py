@@ -9,7 +9,6 @@ kormedeval/datasets/kormedmcqa_v.py (fields, prompt, scoring), kormedeval/utils.
 """
 
 import ast
-import json
 import pathlib
 import re
 import warnings
@@ -20,6 +19,7 @@ from medmax_jax.data.records.row_streams import RowLocation, parquet_rows
 from medmax_jax.data.sources.row import RejectedRow, RowError, collect_rows, field_text
 from medmax_jax.eval.benchmarks import fields
 from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.io import text_files
 
 NAME = "kormedmcqa_v"
@@ -70,7 +70,7 @@ def _row(place: RowLocation, row: dict[str, Any]) -> Item:
 def _images(value: Any) -> list[Mapping[str, Any]]:
     if isinstance(value, str):
         try:
-            value = text_files.parse_json(value.encode(), "images")
+            value = text_files.parse_json(value.encode(), "images")  # bounded by the Parquet row
         except ValueError as error:
             raise RowError("images: not JSON") from error
     if not isinstance(value, list) or not all(isinstance(image, dict) for image in value):
@@ -86,13 +86,13 @@ def _answer(value: Any) -> Any:
     return LETTERS[value - 1] if is_number and 1 <= value <= len(LETTERS) else value
 
 
-def own_correct(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct(text: str, record: EvalRecord) -> bool:
     """Return whether the published evaluation reads the right letter from a response."""
     for start, end in THINKING:
         if start in text and end in text:
             text = text.partition(end)[2].strip()
             break
-    return _parsed(text) == record["answer"]
+    return _parsed(text) == record.answer
 
 
 def _parsed(response: str) -> str | None:
@@ -114,7 +114,7 @@ def _parsed(response: str) -> str | None:
 
 def _literal(block: str) -> Any:
     """Return the value of JSON, or of a Python literal, which is parsed and never run."""
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (_json, ast.literal_eval):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of an invalid escape in the model's text
@@ -122,6 +122,11 @@ def _literal(block: str) -> Any:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     return None
+
+
+def _json(block: str) -> Any:
+    lenient = dict(allow_nonfinite=True, allow_lone_surrogates=True)
+    return text_files.parse_json(block.encode(), "an answer", **lenient)
 
 
 README = "README.md of github.com/baeseongsu/kormedmcqa_v at 9c6c6ce"

@@ -13,7 +13,7 @@ eval_utils.py (how the options are composed), summerize_utlis.py and summerize_r
 
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from medmax_jax.data.records.row_streams import RowLocation, json_array
@@ -28,6 +28,7 @@ from medmax_jax.data.sources.row import (
 from medmax_jax.eval.benchmarks import fields
 from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
 from medmax_jax.eval.metrics import text as text_metrics
+from medmax_jax.eval.records import EvalRecord
 
 NAME = "medbookvqa"
 LETTERS = ["A", "B", "C", "D"]
@@ -79,14 +80,14 @@ def _slices(labels: Any) -> dict[str, Any]:
     return slices
 
 
-def own_correct(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct(text: str, record: EvalRecord) -> bool:
     """Return whether a response is the letter that the published evaluation expects.
 
     It expects the first option whose line ends with the answer's words, so that an answer "MRI"
     is that of an earlier option "functional MRI" too; the response has to be the letter alone.
     """
-    options = text_metrics.options(record["prompt"])
-    ending = f" {options[record['answer']]}"
+    options = text_metrics.options(record.prompt)
+    ending = f" {options[record.answer]}"
     expected = next(
         letter for letter, option in options.items() if f"{letter}. {option}".endswith(ending)
     )

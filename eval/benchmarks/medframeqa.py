@@ -20,6 +20,7 @@ from medmax_jax.data.sources.row import RejectedRow, RowError, collect_rows, fie
 from medmax_jax.eval.benchmarks import fields
 from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
 from medmax_jax.eval.metrics import text as text_metrics
+from medmax_jax.eval.records import EvalRecord
 
 NAME = "medframeqa"
 IMAGES = tuple(f"image_{number}" for number in range(1, 6))
@@ -51,12 +52,12 @@ def _row(place: RowLocation, row: dict[str, Any]) -> Item:
     )
 
 
-def own_correct(text: str, record: Mapping[str, Any]) -> bool | None:
+def own_correct(text: str, record: EvalRecord) -> bool | None:
     """Return whether the published evaluation reads the right letter; it skips empty responses."""
     if not text:
         return None
-    options = text_metrics.options(record["prompt"])
-    return _parsed(text, options) == record["answer"]
+    options = text_metrics.options(record.prompt)
+    return _parsed(text, options) == record.answer
 
 
 def _parsed(response: str, options: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ MediConfusion at 40a8b419, README.md, utils/answering.py (scoring, of mode mc), 
 
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from medmax_jax.data.records.row_streams import RowLocation, SourceError
@@ -22,6 +22,7 @@ from medmax_jax.eval.benchmarks import fields
 from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
 from medmax_jax.eval.metrics import question_sets
 from medmax_jax.eval.metrics.question_sets import OwnScore, QuestionSets
+from medmax_jax.eval.records import EvalRecord
 
 NAME = "mediconfusion"
 FILE = "dataset.json"
@@ -78,14 +79,14 @@ def chosen_option(text: str) -> str:
     return found[0] if len(found) == 1 else ""
 
 
-def own_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, OwnScore]:
+def own_scores(records: Sequence[EvalRecord]) -> dict[str, OwnScore]:
     """Return the published scores: confusion is over the pairs with two options that are read."""
     options: dict[str, list[str]] = {}
     right: dict[str, list[bool]] = {}
     for record in records:
-        option = chosen_option(record["text"])
-        options.setdefault(record["group"], []).append(option)
-        right.setdefault(record["group"], []).append(option == record["answer"])
+        option = chosen_option(record.text)
+        options.setdefault(record.group, []).append(option)
+        right.setdefault(record.group, []).append(option == record.answer)
     pairs = [(options[group], right[group]) for group in options if len(options[group]) == 2]
     return {
         "accuracy": question_sets.share(correct for _, both in pairs for correct in both),

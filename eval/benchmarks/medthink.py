@@ -29,6 +29,7 @@ from medmax_jax.data.sources.row import (
 from medmax_jax.endpoints.egress import OPEN
 from medmax_jax.eval.benchmarks import fields
 from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec, item_row
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.io import text_files
 from medmax_jax.io.text_files import TextFileError
 
@@ -111,13 +112,13 @@ def _image(name: str, row: dict[str, Any]) -> str:
     return field_image_path(row, "img_name", "images")
 
 
-def own_correct(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct(text: str, record: EvalRecord) -> bool:
     """Return whether the published evaluation reads the same letter as from its target.
 
     "The answer is (A)" must occur once; where the target's rationale repeats it, a response that
     states no answer is right.
     """
-    target = f"The answer is ({record['answer']}).\nSolution: {record['context']}"
+    target = f"The answer is ({record.answer}).\nSolution: {record.context}"
     return _stated(text) == _stated(target)
 
 
@@ -141,8 +142,9 @@ def _cards(name: str, title: str, licence: str, trained: float) -> tuple[TaskSpe
             family="vqa_rationale",
             metric="accuracy",
             differs="MedThink: three orders of answer and rationale, each of a model that is "
-            "trained on it; here one request without an example. Its ROUGE stems words",
-            prompt="'Question: .. Options: (A) yes (B) no', the row's question",
+            "trained on it; here that of its Explanation, the answer first, without training and "
+            "without the cue 'Answer:'. Its ROUGE-L stems words",
+            prompt="as in MedThink: 'Question: .. Options: (A) yes (B) no'",
             published=(
                 Published(
                     model="MedThink, trained on it",

@@ -29,6 +29,7 @@ from medmax_jax.data.sources.row import (
 from medmax_jax.eval.benchmarks import fields
 from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
 from medmax_jax.eval.metrics import text as text_metrics
+from medmax_jax.eval.records import EvalRecord
 
 NAME = "medxpertqa_mm"
 FILES = ("MM/test.jsonl", "test.jsonl", "medxpertqa_mm_input.jsonl")
@@ -86,13 +87,13 @@ def _options(value: Any) -> dict[str, str]:
     return choices
 
 
-def own_correct(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct(text: str, record: EvalRecord) -> bool:
     """Return whether the published zero-shot evaluation finds the right letter in a response.
 
     The response is what follows the trigger, else " answer is ", up to their next occurrence; the
     first letter of an option in it that is a word counts, also an article: "A CT" is A.
     """
-    letters = list(text_metrics.options(record["prompt"]))
+    letters = list(text_metrics.options(record.prompt))
     response = text.strip()
     for trigger in (TRIGGER.format(last=letters[-1]), " answer is "):
         parts = response.split(trigger)
@@ -102,7 +103,7 @@ def own_correct(text: str, record: Mapping[str, Any]) -> bool:
     for phrase in UNWANTED:
         response = response.replace(phrase, "")
     found = re.search(rf"\b({'|'.join(letters)})\b", response)
-    return found is not None and found[1] == record["answer"]
+    return found is not None and found[1] == record.answer
 
 
 TABLE = "figs/leaderboard1.png of github.com/TsinghuaC3I/MedXpertQA at f21247d, column AvgMM"

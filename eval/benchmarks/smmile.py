@@ -34,6 +34,7 @@ from medmax_jax.eval.config import MAX_SHOTS
 from medmax_jax.eval.metrics import question_sets
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.metrics.question_sets import OwnScore
+from medmax_jax.eval.records import EvalRecord
 
 NAMES = ("smmile", "smmile_plus_plus")
 COLUMNS = ("problem_id", "order", "question", "answer", "image", "speciality")
@@ -155,9 +156,9 @@ def normalized(text: str) -> str:
     return " ".join(text.lower().translate(_PUNCTUATION).split())
 
 
-def own_correct_open(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct_open(text: str, record: EvalRecord) -> bool:
     """Return whether an answer matches by the published exact match."""
-    return normalized(text) == normalized(record["answer"])
+    return normalized(text) == normalized(record.answer)
 
 
 def selected_option(text: str, options: Mapping[str, str]) -> str:
@@ -186,14 +187,14 @@ def _tagged(text: str) -> str:
     return (content if closed else after.partition("\n\n")[0]).strip()
 
 
-def own_correct_mcq(text: str, record: Mapping[str, Any]) -> bool:
+def own_correct_mcq(text: str, record: EvalRecord) -> bool:
     """Return whether a response is correct by the published extraction of a letter."""
-    return selected_option(text, text_metrics.options(record["prompt"])) == record["answer"]
+    return selected_option(text, text_metrics.options(record.prompt)) == record.answer
 
 
-def own_scores_open(records: Sequence[Mapping[str, Any]]) -> dict[str, OwnScore]:
+def own_scores_open(records: Sequence[EvalRecord]) -> dict[str, OwnScore]:
     """Return the published exact match."""
-    verdicts = (own_correct_open(record["text"], record) for record in records)
+    verdicts = (own_correct_open(record.text, record) for record in records)
     return {"exact": question_sets.share(verdicts)}
 
 

@@ -28,17 +28,16 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from medmax_jax.endpoints import egress, reasoning
+from medmax_jax.endpoints import reasoning
 from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import full_reference, strict
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.metrics.strict import ItemScore
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import journal
 
-Record = Mapping[str, Any]
 JUDGMENTS, IMAGE_SCORES = "judgments.jsonl", "image_scores.jsonl"
 REFERENCE_SCORES = "reference_scores.jsonl"  # PSNR and SSIM
 CORRECT, RELATIVE = "correct", "relative"
@@ -79,11 +78,6 @@ class ScoringInputs:
 NO_INPUTS = ScoringInputs()
 
 
-def is_credentialed(record: Record) -> bool:
-    """Return whether a record's content must not leave the private workdir."""
-    return record.get("data_class") == egress.CREDENTIALED
-
-
 def read(workdir: str | Path, *, judge: str | None = None) -> ScoringInputs:
     """Read the results of a workdir.
 
@@ -119,12 +113,12 @@ def load_image_scores(path: Path) -> ScoringInputs:
     return ScoringInputs(image_scores=by_scorer, scorers=scorers)
 
 
-def answer_text(record: Record) -> str:
+def answer_text(record: EvalRecord) -> str:
     """Return the text of a record that is its answer: "" where the model never left its reasoning.
 
     The scoring of the MedMax release reads the complete text (eval/metrics/release.py).
     """
-    return reasoning.final_answer(record["text"]) or ""
+    return reasoning.final_answer(record.text) or ""
 
 
 def rationale_of(text: str) -> str:
@@ -136,16 +130,16 @@ def rationale_of(text: str) -> str:
     return (after if found else re.sub(r"The answer is \([A-Z]\)\.?", "", text)).strip()
 
 
-def record_scores(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str, ItemScore]:
+def record_scores(record: EvalRecord, inputs: ScoringInputs = NO_INPUTS) -> dict[str, ItemScore]:
     """Return metric -> score of one record, the headline first; unscored where the model failed."""
-    family, text, answer = record["family"], answer_text(record), record["answer"]
+    family, text, answer = record.family, answer_text(record), record.answer
     if family in ("vqa_closed", "vqa_mcq"):
         scores = {"accuracy": _accuracy(record)}
     elif family == "vqa_numeric":
         scores = _numeric_scores(record)
     elif family == "vqa_rationale":
         scores = {"accuracy": _accuracy(record)}
-        rationale = text_metrics.rouge_l(rationale_of(text), record["context"])
+        rationale = text_metrics.rouge_l(rationale_of(text), record.context)
         scores["rationale_rouge_l"] = strict.scored(rationale)
     elif family == "vqa_open":
         scores = _correctness_score(record, inputs)
@@ -155,10 +149,10 @@ def record_scores(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str
         scores = _preference_score(record, inputs) if family in PAIRWISE_FAMILIES else {}
         scores |= _reference_scores(record, inputs)
         for scorer, lines in inputs.image_scores.items():
-            scores |= _image_scores(record, scorer, lines.get(record["id"]))
+            scores |= _image_scores(record, scorer, lines.get(record.id))
         scores |= _text_scores(record)
-    if record.get("error"):
-        return {name: _unscored(name, record["error"]) for name in scores}
+    if record.error:
+        return {name: _unscored(name, record.error) for name in scores}
     return scores
 
 
@@ -177,26 +171,26 @@ def span(metric: str) -> intervals.Span:
     return minimum_score(metric), full_reference.MAX_PSNR if metric == "psnr" else 1.0
 
 
-def pairs(record: Record, inputs: ScoringInputs, kind: str) -> list[tuple[float, float]]:
+def pairs(record: EvalRecord, inputs: ScoringInputs, kind: str) -> list[tuple[float, float]]:
     """Return the judge's (reference, model) votes on a record; [] for none."""
-    line = inputs.judgments.get(kind, {}).get(record["id"])
+    line = inputs.judgments.get(kind, {}).get(record.id)
     return [(a, b) for a, b in line["votes"]] if line else []
 
 
-def _accuracy(record: Record) -> ItemScore:
-    text, answer, prompt = record["text"], record["answer"], record["prompt"]
+def _accuracy(record: EvalRecord) -> ItemScore:
+    text, answer, prompt = record.text, record.answer, record.prompt
     try:
-        if record["family"] == "vqa_closed":
+        if record.family == "vqa_closed":
             return strict.closed(text, answer, prompt)
         return strict.choice(text, answer, prompt)
     except strict.StrictError as error:  # the row is invalid: report it after all others
         return strict.unscored(str(error))
 
 
-def _numeric_scores(record: Record) -> dict[str, ItemScore]:
+def _numeric_scores(record: EvalRecord) -> dict[str, ItemScore]:
     """Return the relative accuracy, and whether the answer is within a tolerance."""
     try:
-        accuracy = strict.number(answer_text(record), record["answer"])
+        accuracy = strict.number(answer_text(record), record.answer)
     except strict.StrictError as error:
         accuracy = strict.unscored(str(error))
     scores = {"mra": accuracy}
@@ -208,22 +202,22 @@ def _numeric_scores(record: Record) -> dict[str, ItemScore]:
     return scores
 
 
-def _correctness_score(record: Record, inputs: ScoringInputs) -> dict[str, ItemScore]:
+def _correctness_score(record: EvalRecord, inputs: ScoringInputs) -> dict[str, ItemScore]:
     if CORRECT not in inputs.judgments:
         return {}
-    line = inputs.judgments[CORRECT].get(record["id"])
+    line = inputs.judgments[CORRECT].get(record.id)
     if line is None or not line["votes"]:
         return {"judge_correct": strict.unscored(_why(line))}
     return {"judge_correct": strict.scored(sum(line["votes"]) / len(line["votes"]))}
 
 
-def _preference_score(record: Record, inputs: ScoringInputs) -> dict[str, ItemScore]:
+def _preference_score(record: EvalRecord, inputs: ScoringInputs) -> dict[str, ItemScore]:
     """Return 1 for an answer that the judge rates above the reference, 0.5 for equal ones."""
     if RELATIVE not in inputs.judgments:
         return {}
     votes = pairs(record, inputs, RELATIVE)
     if not votes:
-        line = inputs.judgments[RELATIVE].get(record["id"])
+        line = inputs.judgments[RELATIVE].get(record.id)
         return {"judge_preference": strict.unscored(_why(line))}
     better = sum((b > a) + (b == a) / 2 for a, b in votes)
     return {"judge_preference": strict.scored(better / len(votes))}
@@ -233,12 +227,12 @@ def _why(line: Mapping | None) -> str:
     return "; ".join(line["why"]) if line else "not judged"
 
 
-def _image_scores(record: Record, scorer: str, line: Mapping | None) -> dict[str, ItemScore]:
+def _image_scores(record: EvalRecord, scorer: str, line: Mapping | None) -> dict[str, ItemScore]:
     """Return the image scores of a record.
 
     An answer without an image has the blank image's similarity, so not drawing gains nothing.
     """
-    names = IMAGE_METRICS.get(record["family"], ())
+    names = IMAGE_METRICS.get(record.family, ())
     if scorer in IMAGE_ONLY_SCORERS:
         names = [name for name in names if name in IMAGE_PAIR_METRICS]
     if line is None or line.get("problem"):
@@ -263,11 +257,11 @@ def _image_scores(record: Record, scorer: str, line: Mapping | None) -> dict[str
     }
 
 
-def _reference_scores(record: Record, inputs: ScoringInputs) -> dict[str, ItemScore]:
+def _reference_scores(record: EvalRecord, inputs: ScoringInputs) -> dict[str, ItemScore]:
     """Return PSNR and SSIM of a record with a reference; 0 for an answer without an image."""
-    if not record.get("reference_image"):
+    if not record.reference_image:
         return {}
-    line = inputs.reference_scores.get(record["id"])
+    line = inputs.reference_scores.get(record.id)
     if line is None or line.get("problem"):
         why = line["problem"] if line else "not compared with its reference"
         return {name: _unscored(name, why) for name in REFERENCE_METRICS}
@@ -281,19 +275,19 @@ def _cosine(line: Mapping, name: str, select: Callable) -> float | None:
     return select(cosines) if cosines else line[f"blank_{name}"]
 
 
-def _text_scores(record: Record) -> dict[str, ItemScore]:
-    family, text, answer = record["family"], answer_text(record), record["answer"]
+def _text_scores(record: EvalRecord) -> dict[str, ItemScore]:
+    family, text, answer = record.family, answer_text(record), record.answer
     values = {}
     if family not in ("image_generation", "image_editing"):
         values["token_f1"] = text_metrics.token_f1(text, answer)
         values["rouge_l"] = text_metrics.rouge_l(text, answer)
-    if family == "captioning" and record["facts"]:
-        values["fact_recall"] = text_metrics.recall(text, record["facts"])
+    if family == "captioning" and record.facts:
+        values["fact_recall"] = text_metrics.recall(text, record.facts)
     if family in ("multimodal", "multimodal_generation"):
-        values["has_image"] = float(bool(record["images"]))
+        values["has_image"] = float(bool(record.generated))
     generates_image = family in IMAGE_METRICS and family != "captioning"
-    if generates_image and record["predicted_modality"] is not None and record["modality"]:
-        values["modality_match"] = float(record["predicted_modality"] == record["modality"])
+    if generates_image and record.predicted_modality is not None and record.modality:
+        values["modality_match"] = float(record.predicted_modality == record.modality)
     return {name: strict.scored(value) for name, value in values.items()}
 
 

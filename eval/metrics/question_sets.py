@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from medmax_jax.eval.metrics import per_record, strict
-from medmax_jax.eval.metrics.per_record import Record, ScoringInputs
+from medmax_jax.eval.metrics.per_record import ScoringInputs
 from medmax_jax.eval.metrics.strict import ItemScore
+from medmax_jax.eval.records import EvalRecord
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,10 @@ class OwnScore:
     own_n: int
 
 
-OwnRule = Callable[[str, Record], bool | None]  # complete text, record -> correct; None: no score
-OwnScores = Callable[[Sequence[Record]], Mapping[str, OwnScore]]  # records of a task -> by metric
+# Of a complete text and its record, whether it is correct; None: it has no score.
+OwnRule = Callable[[str, EvalRecord], bool | None]
+# Of the records of a task, the scores by metric.
+OwnScores = Callable[[Sequence[EvalRecord]], Mapping[str, OwnScore]]
 
 
 class Card(Protocol):
@@ -57,7 +60,7 @@ class Card(Protocol):
 
 
 def own_scores(
-    card: Card | None, records: Sequence[Record], headline: str
+    card: Card | None, records: Sequence[EvalRecord], headline: str
 ) -> Mapping[str, OwnScore]:
     """Return metric -> the benchmark's own score of a task's records; {} where it has none.
 
@@ -68,7 +71,7 @@ def own_scores(
         return card.own_scores(records)
     if not card or not card.own_correct:
         return {}
-    return {headline: share([card.own_correct(record["text"], record) for record in records])}
+    return {headline: share([card.own_correct(record.text, record) for record in records])}
 
 
 def share(verdicts: Iterable[float | None]) -> OwnScore:
@@ -78,8 +81,8 @@ def share(verdicts: Iterable[float | None]) -> OwnScore:
 
 
 def set_scores(
-    records: Sequence[Record], inputs: ScoringInputs, sets: QuestionSets
-) -> dict[str, list[tuple[Record, ItemScore]]]:
+    records: Sequence[EvalRecord], inputs: ScoringInputs, sets: QuestionSets
+) -> dict[str, list[tuple[EvalRecord, ItemScore]]]:
     """Return metric -> (first record, score) of each set; "METRIC VALUE" for each value of `by`."""
     keys = [_key(record, sets) for record in records]
     item_scores = [per_record.record_scores(r, inputs)["accuracy"] for r in records]
@@ -93,26 +96,24 @@ def set_scores(
                 (first[key], score) for key, score in right.items() if key[place] == value
             ]
     if sets.confusion:
-        by_key: dict[tuple[str, ...], list[Record]] = {}
+        by_key: dict[tuple[str, ...], list[EvalRecord]] = {}
         for key, record in zip(keys, records, strict=True):
             by_key.setdefault(key, []).append(record)
         rows["confusion"] = [(first[key], _confusion(members)) for key, members in by_key.items()]
     return rows
 
 
-def _key(record: Record, sets: QuestionSets) -> tuple[str, ...]:
-    fields: Mapping[str, Any] = dict(record["slices"]) | dict(record)
+def _key(record: EvalRecord, sets: QuestionSets) -> tuple[str, ...]:
+    fields: Mapping[str, Any] = dict(record.slices) | vars(record)
     return tuple(fields.get(name, "") for name in sets.key)
 
 
-def _confusion(records: Sequence[Record]) -> ItemScore:
+def _confusion(records: Sequence[EvalRecord]) -> ItemScore:
     """Return 1 if all answers are the same option; lower is better, so 1 is also the worst."""
-    failed = next((r["error"] for r in records if r.get("error")), "")
+    failed = next((r.error for r in records if r.error), "")
     if failed:
         return strict.unscored(failed, low=1.0, high=0.0)
-    parsed = {
-        strict.parse_answer(r["family"], per_record.answer_text(r), r["prompt"]) for r in records
-    }
+    parsed = {strict.parse_answer(r.family, per_record.answer_text(r), r.prompt) for r in records}
     if len(parsed - {None}) > 1:
         return strict.scored(0.0)
     if None in parsed:

@@ -9,6 +9,7 @@ best       unparsed and unscored at their best   ]  `scored_only` is the value i
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Hashable, Sequence
 
@@ -79,6 +80,8 @@ def unscored(why: str, *, low: float = 0.0, high: float = 1.0) -> ItemScore:
     return ItemScore(status=UNSCORED, value=None, low=low, high=high, why=why)
 
 
+# The same answers are scored for the records, the summary, its baselines, slices and pages.
+@functools.lru_cache(maxsize=2**16)
 def parse_answer(task: str, text: str, prompt: str) -> str | None:
     """Return the parsed answer to a closed or multiple choice question; None: unparsed."""
     if task == "vqa_closed":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.eval.metrics import full_reference, per_record
-from medmax_jax.eval.metrics.per_record import Record
+from medmax_jax.eval.records import EvalRecord, is_credentialed
 from medmax_jax.io import journal
 from medmax_jax.io.progress import report_waiting
 from medmax_jax.models import image_headers, images
@@ -22,14 +22,14 @@ from medmax_jax.storage import image_paths
 
 
 def score_references(
-    records: Sequence[Record],
+    records: Sequence[EvalRecord],
     workdir: Path,
     *,
     images_folder: Path,
     progress: Callable[[str], None],
 ) -> None:
     """Write reference_scores.jsonl, unless no record has a reference image."""
-    compared = [r for r in records if r.get("reference_image") and not r.get("error")]
+    compared = [r for r in records if r.reference_image and not r.error]
     if not compared:
         return
     with report_waiting("comparing images with their references", progress):
@@ -38,11 +38,11 @@ def score_references(
     journal.write_text(workdir / per_record.REFERENCE_SCORES, text)
 
 
-def _line(record: Record, workdir: Path, images_folder: Path) -> Mapping[str, Any]:
-    line: dict[str, Any] = dict(id=record["id"])
-    if not record["images"]:
+def _line(record: EvalRecord, workdir: Path, images_folder: Path) -> Mapping[str, Any]:
+    line: dict[str, Any] = dict(id=record.id)
+    if not record.generated:
         return line
-    label = "an image of a credentialed item" if per_record.is_credentialed(record) else ""
+    label = "an image of a credentialed item" if is_credentialed(record) else ""
     try:
         generated, reference = (
             images.load(
@@ -51,8 +51,8 @@ def _line(record: Record, workdir: Path, images_folder: Path) -> Mapping[str, An
                 name=label,
             )
             for folder, name in (
-                (workdir, record["images"][0]),
-                (images_folder, record["reference_image"]),
+                (workdir, record.generated[0]),
+                (images_folder, record.reference_image),
             )
         )
         return line | full_reference.scores(generated, reference)

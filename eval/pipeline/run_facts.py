@@ -14,7 +14,7 @@ from medmax_jax.config import to_dict
 from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.metrics import per_record
 from medmax_jax.eval.models import loading
-from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.eval.records import Item, is_credentialed
 from medmax_jax.eval.tasks.selection import EvalSet
 from medmax_jax.io import journal
 from medmax_jax.io.text_files import TextFileError, read_json_object
@@ -44,7 +44,7 @@ def check_workdir(
         "items": hashlib.sha256(items.encode()).hexdigest(),
     }
     path = workdir / "run.json"
-    if write and any(map(task_items.is_credentialed, eval_set.items)):
+    if write and any(map(is_credentialed, eval_set.items)):
         os.chmod(workdir, 0o700)  # it may have existed
     if path.exists():
         for name, value in (SHOWN_BEFORE | _run_facts(path)).items():
@@ -81,7 +81,7 @@ def _run_facts(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _digest_fields(item: task_items.Item) -> dict[str, Any]:
+def _digest_fields(item: Item) -> dict[str, Any]:
     """Return the fields of an item under the names that digests of items have always used."""
-    fields = task_items.item_fields(item)
+    fields = item.item_fields()
     return fields | {"kind": fields.pop("modality")}

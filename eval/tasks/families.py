@@ -36,8 +36,9 @@ FAMILIES = {  # the release's bounds: vqa.py:24-31, visual_chat.py, mm_out.py, i
                          tokens=_tokens(paper=1, strict=16)),
     "vqa_mcq": Family(mode="text", shows_image=True, answer_format="the letter of one option",
                       tokens=_tokens(paper=1, strict=16)),
-    "vqa_rationale": Family(mode="text", shows_image=True, answer_format="the sentence 'The answer "
-                            "is (A).' with the letter of one option, and then 'Solution:' and why",
+    "vqa_rationale": Family(mode="text", shows_image=True,
+                            answer_format="'The answer is (A).', with the letter of one option, "
+                            "then 'Solution:' and the reasons",
                             tokens=_tokens(paper=256, strict=512)),
     "vqa_open": Family(mode="text", shows_image=True, answer_format="a word or a short phrase",
                        tokens=_tokens(paper=60, strict=60)),

@@ -8,6 +8,7 @@ from typing import Any
 from medmax_jax.data.sample.documents import eval_items
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.eval.config import EvalError, Settings
+from medmax_jax.eval.records import Item, is_credentialed
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import shots
 from medmax_jax.generation.model_bundle import MAX_PIXELS
@@ -55,8 +56,8 @@ class EvalSet:
     A training image is (path, modality).
     """
 
-    items: list[task_items.Item]
-    train: list[task_items.Item]
+    items: list[Item]
+    train: list[Item]
     training_images: list[tuple[str, str]]
     folder: Path
 
@@ -102,7 +103,7 @@ def check_images(eval_set: EvalSet) -> None:
     """
     labels: dict[str, str] = {}  # image -> its name in messages, "" for its path
     for number, item in enumerate(eval_set.items, start=1):
-        label = f"the image of item number {number}" if task_items.is_credentialed(item) else ""
+        label = f"the image of item number {number}" if is_credentialed(item) else ""
         for image in item.files:
             labels[image] = labels.get(image) or label
     files = {i: image_paths.resolve(eval_set.folder, i, label=label) for i, label in labels.items()}
@@ -138,7 +139,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(place.replace(str(path), path.name, 1), row) for place, row in rows]
 
 
-def _chosen(items: list[task_items.Item], settings: Settings) -> list[task_items.Item]:
+def _chosen(items: list[Item], settings: Settings) -> list[Item]:
     counts = dataclasses.asdict(settings.counts)
     chosen = [
         item

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.config import MAX_SHOTS
+from medmax_jax.eval.records import Item, Shot, is_credentialed, item_name
 from medmax_jax.eval.tasks.families import FAMILIES, WITH_REFERENCE, TaskError
-from medmax_jax.eval.tasks.items import Item, Shot, is_credentialed, item_name
 
 TRIES = 20  # draws per shot before all candidates are listed
 

@@ -21,7 +21,7 @@ import math
 import re
 import struct
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import PIL.Image
@@ -341,23 +341,24 @@ def linked_figures(images: Sequence[tuple[str, str]]) -> str:
     return f'<div class="figures">\n{cells}</div>\n'
 
 
-def browser(entries: Sequence[Entry]) -> str:
-    """Return entries that open when selected, with a filter for each name of their values.
+def browser(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield the markup of entries that open when selected, with a filter for each of their values.
 
-    All entries are in the page: without its script it shows them unfiltered.
+    All entries are in the page: without its script it shows them unfiltered. The parts are written
+    one by one: of ten thousand entries, each copy of the whole takes tens of megabytes.
     """
     options: dict[str, set[str]] = {}
     for entry in entries:
         for name, values in entry.values.items():
             options.setdefault(name, set()).update(values)
     selects = "".join(_select(name, sorted(values)) for name, values in options.items() if values)
-    lines = "".join(
-        f'<details class="entry" data-values="{html.escape(json.dumps(entry.values))}">'
-        f'<summary><b class="{entry.status}">{html.escape(entry.label)}</b> '
-        f"{html.escape(entry.title)}</summary>\n{entry.body}</details>\n"
-        for entry in entries
-    )
-    return f'<form class="filters" hidden>{selects}<output></output></form>\n{lines}'
+    yield f'<form class="filters" hidden>{selects}<output></output></form>\n'
+    for entry in entries:
+        yield (
+            f'<details class="entry" data-values="{html.escape(json.dumps(entry.values))}">'
+            f'<summary><b class="{entry.status}">{html.escape(entry.label)}</b> '
+            f"{html.escape(entry.title)}</summary>\n{entry.body}</details>\n"
+        )
 
 
 def _select(name: str, values: Sequence[str]) -> str:

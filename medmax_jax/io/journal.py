@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file of the workdir atomically; raise JournalError where it cannot be written.
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its parts, atomically; raise JournalError where it cannot be written.
 
     The partial file has a unique name, because the parts of an evaluation (--shard) write
     concurrently.
@@ -123,7 +123,8 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         # A lone surrogate, which UTF-8 cannot encode, becomes \udc80: an escape that JSON reads.
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines([text] if isinstance(text, str) else text)
         partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

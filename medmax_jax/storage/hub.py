@@ -149,8 +149,10 @@ def source_note(path: str | os.PathLike) -> dict[str, str]:
 
 def is_cached_link(path: str | os.PathLike) -> bool:
     """Return whether a path is a link of the cache to the content of its own repository."""
+    if not os.path.islink(path):
+        return False
     path = Path(path).parent.resolve() / Path(path).name
-    if not (match := _SNAPSHOT.search(str(path))) or not path.is_symlink():
+    if not (match := _SNAPSHOT.search(str(path))):
         return False
     target = Path(os.path.abspath(path.parent / path.readlink()))
     return target.parent == Path(str(path)[: match.start()], match[0].split("/")[0], "blobs")

@@ -11,6 +11,7 @@ import pytest
 from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.eval.benchmarks import gmai_mmbench
 from medmax_jax.eval.metrics import per_record
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.eval.tasks import benchmark_import, catalog
 from medmax_jax.eval.tasks import items as task_items
 
@@ -151,14 +152,18 @@ def test_medthink(tmp_path, name):
     assert (closed.family, closed.answer) == ("vqa_rationale", "B")
     assert closed.prompt == "Question: Is there a fracture?\nOptions: (A) yes (B) no"
     assert closed.context == "The ribs are intact. No line crosses them."
+    assert task_items.prompt_text(closed, "chat").endswith(
+        "\nAnswer with 'The answer is (A).', with the letter of one option, then 'Solution:' and "
+        "the reasons only."
+    )
     assert (opened.family, opened.answer) == ("vqa_open", "the left rib")
     text = f"The answer is (B).\nSolution: {closed.context}"
-    scores = per_record.record_scores(task_items.item_fields(closed) | dict(text=text))
+    scores = per_record.record_scores(EvalRecord.of(closed, text=text))
     assert {name: score.value for name, score in scores.items()} == {
         "accuracy": 1.0, "rationale_rouge_l": 1.0,
     }  # fmt: skip
     halved = "No line crosses them. The answer is (A)."
-    scores = per_record.record_scores(task_items.item_fields(closed) | dict(text=halved))
+    scores = per_record.record_scores(EvalRecord.of(closed, text=halved))
     assert scores["accuracy"].value == 0.0 and 0.5 < scores["rationale_rouge_l"].value < 0.8
     if name == "r_slake":
         row = files.r_slake(3)

@@ -1,5 +1,6 @@
 """Each benchmark's own rule equals its own code, and is reported next to the strict score."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -39,12 +40,14 @@ PROMPT = "Which?\nA: CT\nB: MRI"
 def record_of(row):
     options = dict(zip("ABCDE", row["options"], strict=False))
     prompt = choice_text(row["question"], options)
-    return dict(prompt=prompt, answer=row["answer"], context=row["context"])
+    item = eval_setup.item("task", "vqa_mcq", 0, prompt=prompt, answer=row["answer"])
+    return eval_setup.record(dataclasses.replace(item, context=row["context"]), row["text"])
 
 
 def verdicts(name, rule):
     """Return one character per output, as tests/release/run_benchmarks.py does."""
-    values = [rule(row["text"], record_of(row)) for row in benchmark_outputs.rows(name)]
+    records = map(record_of, benchmark_outputs.rows(name))
+    values = [rule(record.text, record) for record in records]
     return "".join("-" if value is None else "01"[value] for value in values)
 
 
@@ -90,21 +93,23 @@ def test_a_stripped_answer_is_another_rule():
 def test_the_summary_has_both_scores():
     item = eval_setup.item("gmai_mmbench_mcq", "vqa_mcq", 0, answer="B", prompt=PROMPT)
     texts = ["B", "It is an MRI", "The answer is B because of X", "(B)", "A"]
-    records = [eval_setup.record(item, text) | {"id": str(n)} for n, text in enumerate(texts)]
+    records = [eval_setup.record(dataclasses.replace(item, id=text), text) for text in texts]
     settings = dict(mode="strict", resampling=Resampling(0, 2_000))
     (row,) = aggregate.summary(records, **settings, cards=catalog.TASKS)
-    assert row["value"] == sum(strict.choice(t, "B", item.prompt).value for t in texts) / 5
-    own = [gmai_mmbench.own_correct(record["text"], record) for record in records]
-    assert (row["own"], row["own_n"], row["headline"]) == (sum(own) / 5, 5, True)
-    assert row["paper"] is None  # the release does not score it
+    assert row.value == sum(strict.choice(t, "B", item.prompt).value for t in texts) / 5
+    own = [gmai_mmbench.own_correct(record.text, record) for record in records]
+    assert (row.own, row.own_n, row.headline) == (sum(own) / 5, 5, True)
+    assert row.paper is None  # the release does not score it
     (other,) = aggregate.summary(records, **settings)
-    assert other["own"] is None and other["paper"] is not None
+    assert other.own is None and other.paper is not None
 
 
 def test_an_output_that_a_benchmark_skips_is_not_counted():
     item = eval_setup.item("medframeqa_mcq", "vqa_mcq", 0, answer="B", prompt=PROMPT)
-    records = [eval_setup.record(item, text) | {"id": text} for text in ("Answer: B", "")]
+    records = [
+        eval_setup.record(dataclasses.replace(item, id=text), text) for text in ("Answer: B", "")
+    ]
     row = aggregate.summary(
         records, mode="strict", resampling=Resampling(0, 2_000), cards=catalog.TASKS
     )[0]
-    assert (row["own"], row["own_n"], row["value"]) == (1.0, 1, 0.5)
+    assert (row.own, row.own_n, row.value) == (1.0, 1, 0.5)

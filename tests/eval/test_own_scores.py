@@ -1,9 +1,11 @@
 """The own scores of benchmarks equal those of their published code, recorded in score_verdicts."""
 
+import dataclasses
 import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import eval_setup
 import numpy as np
@@ -37,26 +39,30 @@ def scoring(name, count=None):
     rows = score_outputs.rows(name)[:count]
     if name == "mediconfusion":
         read = [mediconfusion.chosen_option(row["text"]) for row in rows]
-        records = [row | dict(group=n // 2) for n, row in enumerate(rows)]
+        records = [SimpleNamespace(**row, group=n // 2) for n, row in enumerate(rows)]
         scores = mediconfusion.own_scores(records)
         return read, {metric: round(100 * score.own, 2) for metric, score in scores.items()}
     if name == "medgen_bench":
         pairs = [full_reference.scores(*score_outputs.images(row)) for row in rows]
         return [[round(pair["psnr"], 6), round(pair["ssim"], 6)] for pair in pairs]
     if name == "deeptumorvqa_numeric":
-        accuracies = [deeptumorvqa.own_accuracy(row["text"], row) for row in rows]
+        rows = [SimpleNamespace(**row) for row in rows]
+        accuracies = [deeptumorvqa.own_accuracy(row.text, row) for row in rows]
         return [
             accuracy
             if accuracy is None
             else [
                 round(accuracy, 4),
-                *(int(deeptumorvqa.own_within(r["text"], r, p)) for p in per_record.TOLERANCES),
+                *(int(deeptumorvqa.own_within(r.text, r, p)) for p in per_record.TOLERANCES),
             ]
             for r, accuracy in zip(rows, accuracies, strict=True)
         ]
     options = [dict(zip("ABCDE", row.get("options", ()), strict=False)) for row in rows]
-    records = [row | dict(prompt=choice_text("?", o)) for row, o in zip(rows, options, strict=True)]
-    return [int(rules[name](record["text"], record)) for record in records]
+    records = [
+        SimpleNamespace(**row, prompt=choice_text("?", o))
+        for row, o in zip(rows, options, strict=True)
+    ]
+    return [int(rules[name](record.text, record)) for record in records]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -133,7 +139,7 @@ def pairs(*texts):
 def test_pairs_of_images_are_right_or_confused_together():
     # Both right; the same option twice; one unparsed and one right; "(B)" twice.
     records = pairs("A", "B", "B", "B", "?", "B", "(B)", "(B)")
-    rows = {row["metric"]: row for row in aggregate.summary(records, **SETTINGS)}
+    rows = {row.metric: vars(row) for row in aggregate.summary(records, **SETTINGS)}
     assert list(rows) == ["accuracy", "set_accuracy", "confusion"]
     assert (rows["accuracy"]["value"], rows["accuracy"]["n"]) == (5 / 8, 8)
     assert (rows["set_accuracy"]["value"], rows["set_accuracy"]["best"]) == (1 / 4, 2 / 4)
@@ -149,8 +155,9 @@ def test_pairs_of_images_are_right_or_confused_together():
 def test_numbers_have_relative_accuracy():
     item = eval_setup.item("deeptumorvqa_numeric", "vqa_numeric", 0, answer="100 mL")
     texts = ("about 90 mL", "105", "20 to 100", "", "1,000")
-    records = [eval_setup.record(item, text) | {"id": str(n)} for n, text in enumerate(texts)]
-    rows = {row["metric"]: row for row in aggregate.summary(records, **SETTINGS)}
+    items = [dataclasses.replace(item, id=str(n)) for n in range(len(texts))]
+    records = [eval_setup.record(i, text) for i, text in zip(items, texts, strict=True)]
+    rows = {row.metric: vars(row) for row in aggregate.summary(records, **SETTINGS)}
     mra = rows["mra"]
     assert (mra["value"], mra["n_unparsed"]) == (pytest.approx((0.9 + 0.95) / 5), 2)
     assert mra["own"] == pytest.approx((0.9 + 0.95 + 0.2 + 0.01) / 5)  # of 20 and of 1

@@ -16,9 +16,11 @@ from medmax_jax.eval import evaluate
 from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.models import loading
 from medmax_jax.eval.pipeline import cost_estimate, perturbation
+from medmax_jax.eval.records import Shot, is_credentialed
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes, selection, shots
-from medmax_jax.eval.tasks.items import Shot, TaskError, prompt_parts
+from medmax_jax.eval.tasks.families import TaskError
+from medmax_jax.eval.tasks.items import prompt_parts
 
 OPTIONS = dict(progress=lambda line: None, baselines="", probes="", options=False)
 
@@ -127,7 +129,7 @@ def test_a_credentialed_shot_makes_the_question_credentialed(tmp_path):
     items = items_of(tmp_path)
     secret = [dataclasses.replace(item, data_class="credentialed") for item in items[2:]]
     (shown,) = shots.with_shots(items[:1], [*items[:2], *secret], 1, seed=0)
-    assert task_items.is_credentialed(shown)
+    assert is_credentialed(shown)
 
 
 def test_an_evaluation_with_shots_states_them_and_probes_them(tmp_path):
