@@ -44,7 +44,7 @@ def resolve(folder: str | os.PathLike, name: Any, *, label: str = "") -> Path:
             f"{shown} is outside the image folder; use a path relative to it, without '..'"
         )
     path = Path(folder, name)
-    if not _may_have_link(folder, name):  # of almost all images: resolving takes ten times as long
+    if not _may_have_link(folder, name):  # as almost all: resolving each is most of a plan's time
         return path
     try:
         real = path.parent.resolve() / path.name if hub.is_cached_link(path) else path.resolve()
