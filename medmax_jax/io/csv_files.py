@@ -37,7 +37,7 @@ def _safe_cell(value: object) -> object:
 
 @contextlib.contextmanager
 def csv_table(
-    file: BinaryIO, where: object, *, max_chars: int = MAX_LINE_BYTES
+    file: BinaryIO, where: object, *, max_chars: int = MAX_LINE_BYTES, delimiter: str = ","
 ) -> Iterator[tuple[list[str], Iterator[tuple[int, list[str]]]]]:
     """Yield (header, (row number from 1, fields) of each row that is not blank).
 
@@ -48,7 +48,7 @@ def csv_table(
     csv.field_size_limit(max(csv.field_size_limit(), max_chars))
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
-        reader = csv.reader(_bounded(text, where, max_chars), strict=True)
+        reader = csv.reader(_bounded(text, where, max_chars), strict=True, delimiter=delimiter)
         header = _csv_row(reader, where, 0) or []
         _check_columns(header, where)
         yield header, _csv_rows(reader, where)
