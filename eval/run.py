@@ -3,7 +3,7 @@
     native:FOLDER       a model folder of this project   [--adapter A [--merge]]
     hf:FOLDER           a checkpoint in Hugging Face's, Meta's or Anole's layout, converted once
     endpoint:NAME@URL   an OpenAI-compatible endpoint that accepts images
-    predictions:FILE    recorded answers, JSONL of id, text, images
+    predictions:FILE    recorded answers: JSONL of id, text, images, or another program's file
     baseline:KIND       constant, majority or random
     hf://ORG/NAME       the same as hf:hf://ORG/NAME; A, FOLDER and FILE may be such names
 
@@ -74,6 +74,9 @@ def main(config: ConfigDict, workdir: str) -> None:
     lines = [
         page.markdown([{name: row.get(name) for name in COLUMNS} for row in summary["scores"]])
     ]
+    if recorded := summary["recorded"]:
+        lines.append(f"{recorded['matched']} answers of a file in the format {recorded['format']}")
+        lines += [f"{row['rows']} rows left out: {row['why']}" for row in recorded["rows"]]
     lines += [f"baseline {entry['name']}: {entry['says']}" for entry in summary["floors"]]
     lines.append("")
     for baseline in summary["baselines"]:

@@ -501,6 +501,7 @@ def build_summary(
         "floors": baseline_scores,
         "baselines": _comparisons(run, records, probed),
         "not_run": not_run(run),
+        "recorded": run.loaded.recorded(),
         "judge": judge,
         "not_judged": aggregate.not_judged(records, inputs),
         "not_scored": aggregate.not_scored(records, inputs),

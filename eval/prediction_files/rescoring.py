@@ -21,6 +21,7 @@ from medmax_jax.eval.prediction_files.formats import JUDGE, Answer, PredictionFi
 from medmax_jax.eval.stats import intervals
 
 METRICS = {"vqa_closed": "accuracy", "vqa_mcq": "accuracy", "vqa_open": "exact"}
+SAME_TOTAL = 5e-5  # totals are published with four digits
 NO_REFERENCE = "the row has no reference"
 
 
@@ -72,6 +73,18 @@ def rescore(
             head | _published(file, name, answers, by_key, resampling=resampling) for name in names
         ]
     return rows
+
+
+def notes_of(file: PredictionFile) -> list[str]:
+    """Return the notes of a file, and the totals next to it that its verdicts do not have."""
+    notes = list(file.notes)
+    for name, stated in file.stated.items():
+        verdicts = [answer.verdicts[name] for answer in file.answers if name in answer.verdicts]
+        mean = sum(verdicts) / len(verdicts) if verdicts else None
+        if mean is None or abs(mean - stated) > SAME_TOTAL:
+            shown = "none" if mean is None else f"a mean of {mean:.4f}"
+            notes.append(f"{name}: published is {stated:.4f}, the rows here have {shown}")
+    return notes
 
 
 def group_of(answer: Answer) -> str:

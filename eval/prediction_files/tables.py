@@ -11,7 +11,7 @@ import math
 import warnings
 import xml.etree.ElementTree
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +58,28 @@ def read_table(path: Path) -> Table:
             f"{path}: a pickle can execute code when it is read, so it is refused; save the "
             "predictions as .xlsx, .tsv or .json with the program that wrote them"
         )
-    readers: dict[str, Callable[[Path], Iterator[Row | str]]] = {
-        ".csv": lambda path: _delimited(path, ","),
-        ".tsv": lambda path: _delimited(path, "\t"),
-        ".xlsx": _xlsx,
-        ".jsonl": _json_lines,
-        ".json": _json_array,
-    }
-    if ending not in readers:
+    if ending not in READERS:
         raise PredictionFileError(
-            f"{path}: the name does not end in {', '.join(readers)}; name a prediction file"
+            f"{path}: the name does not end in {', '.join(READERS)}; name a prediction file"
         )
     try:
         if path.stat().st_size > MAX_BYTES:
             raise PredictionFileError(f"{path}: more than {MAX_BYTES:,} bytes; split the file")
-        rows, malformed = _sorted_out(readers[ending](path), path)
+        rows, malformed = _sorted_out(rows_of(path), path)
     except OSError as error:
         raise PredictionFileError(f"{path}: {error.strerror or error}; name a file") from error
     except TextFileError as error:
         raise PredictionFileError(str(error)) from error
     columns = dict.fromkeys(name for _, row in rows for name in row)
     return Table(path=path, columns=tuple(columns), rows=rows, malformed=malformed)
+
+
+def rows_of(path: Path) -> Iterator[Row | str]:
+    """Yield each row of a file, or the place and the reason of one that cannot be read.
+
+    Raises TextFileError where nothing that follows can be read.
+    """
+    return READERS[path.suffix.lower()](path)
 
 
 def cell_text(value: Any) -> str:
@@ -136,7 +137,8 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Row | str]:
                 yield f"row {number}: {len(fields)} fields, but the header has {len(header)}"
 
 
-def _json_lines(path: Path) -> Iterator[Row | str]:
+def _json(path: Path) -> Iterator[Row | str]:
+    """Yield rows of JSON Lines or of an array: MedEvalKit writes some results.json as lines."""
     with text_files.open_binary(path) as file:
         if text_files.starts_array(file):
             yield from _items(file, path)
@@ -148,14 +150,6 @@ def _json_lines(path: Path) -> Iterator[Row | str]:
                 yield str(error)
                 continue
             yield _object(value, f"line {number}")
-
-
-def _json_array(path: Path) -> Iterator[Row | str]:
-    with text_files.open_binary(path) as file:
-        if text_files.starts_array(file):
-            yield from _items(file, path)
-            return
-    yield from _json_lines(path)  # MedEvalKit writes some results.json as JSON Lines
 
 
 def _items(file: Any, path: Path) -> Iterator[Row | str]:
@@ -227,3 +221,12 @@ def _check_columns(header: list[str], path: Path) -> None:
         raise PredictionFileError(f"{path}: more than {MAX_COLUMNS:,} columns")
     if twice := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
         raise PredictionFileError(f"{path}: column {printable(repr(twice[0]), 60)} occurs twice")
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Row | str]]] = {
+    ".csv": lambda path: _delimited(path, ","),
+    ".tsv": lambda path: _delimited(path, "\t"),
+    ".xlsx": _xlsx,
+    ".jsonl": _json,
+    ".json": _json,
+}

@@ -58,6 +58,7 @@ COLUMN_NAMES = {  # section -> column of the summary -> as shown
     "probes": {"before": "original", "after": "modified", "diff": "modified minus original"},
 }
 SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}, shown unchanged
+    ("recorded", "Rows of the predictions that are not of an item"),
     ("probes", "Probes: the same questions in modified form"),
     ("calibration", "Options by likelihood, and calibration"),
     ("contamination", "Contamination: the clean and the contaminated part"),
