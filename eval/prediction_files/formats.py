@@ -300,7 +300,7 @@ def _read_vlmevalkit(table: tables.Table) -> PredictionFile:
 
 
 def _vlm_answer(place: str, row: Mapping[str, Any]) -> Answer | str:
-    if row.get("prediction") is None:
+    if "prediction" not in row:  # an empty cell is an empty answer: XLSX has no other form of it
         return "no prediction"
     options = {
         letter: cell_text(row[letter]).strip()
