@@ -13,7 +13,8 @@ every host of a run (docs/guides/launch.md), each runs a part on its own devices
 scores all parts.
 --dry_run reports the requests and the cost, and stops. --shard=i/n runs one part; without --shard
 all parts are scored together. --export_items=FILE writes the items without their references, for
-programs that write the answers of predictions:FILE, and stops.
+programs that write the answers of predictions:FILE, and stops. --cards=FILE has the cards of a
+benchmark of your own (docs/tutorials/own_benchmark.md).
 
 Status 0: done. 75: interrupted. 1: an error, reported in one line.
 """
@@ -48,7 +49,8 @@ def main(config: ConfigDict, workdir: str) -> None:
     log.setLevel(logging.INFO)
     settings = build(Settings, config)
     if out := flags.FLAGS.export_items:
-        log.info(f"{stages.export_items(settings, out)} items: {out}")
+        count = stages.export_items(settings, out, cards=flags.FLAGS.cards)
+        log.info(f"{count} items: {out}")
         return
     with cli.Stop(together=False) as stop:
 
@@ -65,6 +67,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             adapter=given.adapter,
             merge=given.merge,
             shard=given.shard,
+            cards=given.cards,
             dry_run=given.dry_run,
             progress=progress,
             stopped=lambda: bool(stop.requested),
@@ -91,6 +94,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("adapter", "", "adapter, or the workdir of its training; native, hf")
     flags.DEFINE_bool("merge", False, "merge the adapter into the weights when loading")
     flags.DEFINE_string("shard", "", "i/n: run only shard i of n of the items, from 0")
+    flags.DEFINE_string("cards", "", "Python file with the cards of a benchmark of your own")
     flags.DEFINE_bool(
         "dry_run", False, "report the requests and their cost, and stop before any request"
     )

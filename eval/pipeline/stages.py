@@ -39,7 +39,7 @@ from medmax_jax.eval.pipeline import (
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
-from medmax_jax.eval.tasks import probes
+from medmax_jax.eval.tasks import own_cards, probes
 from medmax_jax.eval.tasks.selection import WHOLE, EvalSet, Shard, check_images, load_eval_set
 from medmax_jax.generation import requests
 from medmax_jax.io import journal
@@ -112,6 +112,7 @@ def run(
     adapter: str = "",
     merge: bool = False,
     shard: str = "",
+    cards: str | Path = "",
     dry_run: bool = False,
     progress: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
@@ -121,10 +122,11 @@ def run(
     Returns None after one shard or a dry run, and on all but the first of several hosts: each runs
     the model on its shard with its own devices, and the first one scores all of them.
 
-    model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0.
+    model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0. cards:
+    a Python file with those of the user's own tasks.
     """
     settings = pinned(settings)
-    eval_set, part = load_eval_set(settings), Shard.of(shard)
+    eval_set, part = load_eval_set(settings, cards), Shard.of(shard)
     if (hosts := jax.process_count()) > 1:
         if shard:
             raise EvalError(f"--shard is {shard!r}; omit it, {hosts} hosts divide the items")
@@ -166,12 +168,12 @@ def open_workdir(
         yield w
 
 
-def export_items(settings: Settings, out: str | Path) -> int:
+def export_items(settings: Settings, out: str | Path, *, cards: str | Path = "") -> int:
     """Write the items of the settings for programs that answer them; return their number.
 
     With a credentialed item the file has mode 0600. The answers are read by --model=predictions.
     """
-    eval_set = load_eval_set(settings)
+    eval_set = load_eval_set(settings, cards)
     check_images(eval_set)
     check_prompts(eval_set)
     to_request = functools.partial(
@@ -313,6 +315,8 @@ def check_workdir(
         "adapter": spec.adapter_digest,
         "items": hashlib.sha256(items.encode()).hexdigest(),
     }
+    if eval_set.cards:
+        facts["cards"] = own_cards.digest(eval_set.cards)
     path = workdir / "run.json"
     if write and any(map(task_items.is_credentialed, eval_set.items)):
         os.chmod(workdir, 0o700)  # it may have existed
@@ -500,6 +504,7 @@ def build_summary(
         "scores": scores,
         "floors": baseline_scores,
         "baselines": _comparisons(run, records, probed),
+        "cards": [dataclasses.asdict(card) for card in run.eval_set.cards],
         "not_run": not_run(run),
         "recorded": run.loaded.recorded(),
         "judge": judge,

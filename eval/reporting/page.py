@@ -97,6 +97,8 @@ def write(
     if result := verdict.render(summary):
         body += html_page.section("Result", result)
     body += _scores(summary) + _published(summary)
+    if cards := tables.card_table(summary):
+        body += html_page.section("Cards of the tasks", rows_table(cards))
     for baseline in summary["baselines"]:
         names = {"before": baseline["name"], "after": "the model", "diff": "model minus baseline"}
         rows = tables.rename_columns(tables.merge_interval_columns(baseline["scores"]), names)

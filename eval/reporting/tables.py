@@ -8,6 +8,7 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from medmax_jax.eval.benchmarks.card import Published, TaskSpec
 from medmax_jax.eval.metrics import per_record, strict
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import catalog
@@ -123,9 +124,10 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     The metric is the published one, and the rows have the scores of both.
     """
     tables_by_metric: dict[str, list[dict[str, Any]]] = {}
-    families: dict[str, list[str]] = {}
+    differs: dict[str, list[str]] = {}
+    own = own_cards_of(summary)
     for head in headlines(summary["scores"]) if is_suite(summary) else ():
-        spec = catalog.task_spec(head["task"], head.get("family", ""))
+        spec = own.get(head["task"]) or catalog.task_spec(head["task"], head.get("family", ""))
         for metric_name in dict.fromkeys(p.metric for p in spec.published) if spec else ():
             metric = OURS.get(metric_name, spec.metric)
             matching = [
@@ -142,11 +144,39 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
             }
             cells |= {p.model: p.value for p in spec.published if p.metric == metric_name}
             tables_by_metric.setdefault(metric_name, []).append(cells)
-            families.setdefault(metric_name, []).append(spec.family)
+            note = spec.differs if head["task"] in own else catalog.DIFFERS[spec.family]
+            differs.setdefault(metric_name, []).append(note)
     return [
-        (metric, _equal(rows), [catalog.DIFFERS[name] for name in dict.fromkeys(families[metric])])
+        (metric, _equal(rows), list(filter(None, dict.fromkeys(differs[metric]))))
         for metric, rows in tables_by_metric.items()
     ]
+
+
+def own_cards_of(summary: Mapping[str, Any]) -> dict[str, TaskSpec]:
+    """Return task -> card of the user's own tasks."""
+    cards = {}
+    for fields in summary.get("cards", ()):
+        published_scores = tuple(Published(**score) for score in fields["published"])
+        cards[fields["task"]] = TaskSpec(**fields | dict(published=published_scores))
+    return cards
+
+
+def card_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the cards of the user's own tasks as rows."""
+    rows = [
+        {
+            "task": card.task,
+            "title": card.title,
+            "family": card.family,
+            "source": card.source,
+            "revision": card.revision,
+            "split": card.split,
+            "license": card.licence,
+            "data class": card.data_class,
+        }
+        for card in own_cards_of(summary).values()
+    ]
+    return drop_empty_columns(rows)
 
 
 def is_suite(summary: Mapping[str, Any]) -> bool:
@@ -158,16 +188,18 @@ def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str
     """Return the tasks of the suite that have no score here, and why."""
     scored_tasks = {row["task"] for row in summary["scores"]}
     reasons = {entry["task"]: entry["why"] for entry in summary.get("not_run", ())}
+    own = own_cards_of(summary)
     if is_suite(summary):
-        absent = dict.fromkeys(catalog.TASKS, "the evaluation has no items of it")
-        reasons = absent | reasons
+        tasks = own if own else catalog.TASKS
+        reasons = dict.fromkeys(tasks, "the evaluation has no items of it") | reasons
+    cards = catalog.TASKS | own
     answered = dict.fromkeys(record["task"] for record in records)
     reasons |= dict.fromkeys(answered, "answered, but not scored; see config.scorers")
     return [
         {
             "task": task,
             "why": reason,
-            "source of its rows": catalog.TASKS[task].source if task in catalog.TASKS else None,
+            "source of its rows": cards[task].source if task in cards else None,
         }
         for task, reason in reasons.items()
         if task not in scored_tasks
