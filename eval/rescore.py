@@ -45,7 +45,7 @@ def rescore_files(
     compared = rescored.comparisons(
         files, scores, against=hub.locate(against) if against else "", resampling=resampling
     )
-    notes = {str(file.path): rescoring.notes_of(file) for file in files}
+    notes = {str(file.path): own for file in files if (own := rescoring.notes_of(file))}
     left_out = {str(file.path): file.left_out for file in files if file.left_out}
     return files, dict(rows=rows, comparisons=compared, notes=notes, left_out=left_out)
 

@@ -21,6 +21,7 @@ from medmax_jax.eval.config import Settings
 from medmax_jax.eval.models import predictions
 from medmax_jax.eval.pipeline import stages
 from medmax_jax.eval.prediction_files import formats, matching, rescoring, tables
+from medmax_jax.eval.reporting import page, rescored
 from medmax_jax.eval.stats.intervals import Resampling
 
 SAMPLE = pathlib.Path(__file__).parents[2] / "data" / "sample"
@@ -81,6 +82,26 @@ def test_published_smmile_scores_are_reproduced():
     assert rows[0]["strict"] == 30 / 111 and rescoring.notes_of(file) == []
     file, (row,) = rows_of(SMMILE / "result_llavamed_ICL_mcqa.csv")
     assert row["published"] == row["stated"] == 0 and row["n_unparsed"] == 107
+
+
+def test_the_page_on_smmile_has_what_the_program_prints():
+    text = (SAMPLE.parents[1] / "docs" / "reference" / "smmile_rescoring.md").read_text()
+    for path in sorted(SMMILE.glob("*.csv")):
+        file = formats.read_predictions(path)
+        scores = rescoring.item_scores(file)
+        rows = rescoring.rescore(file, scores, resampling=Resampling(0, 10_000))
+        for title, group in rescored.by_kind(rows).items():
+            section = text.split(f"## {title}\n\n")[1].split("\n## ")[0]
+            shown = table_row(section, path.name)
+            printed = page.markdown(rescored.score_table(group))
+            assert table_row(printed, path.name).items() <= shown.items()
+
+
+def table_row(table, name):
+    """The cells of the row of a file in a Markdown table, by column."""
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")]
+                       for line in table.strip().splitlines()]  # fmt: skip
+    return dict(zip(head, next(line for line in lines if line[0] == name), strict=True))
 
 
 def smmile_rows(**changes):
