@@ -121,6 +121,27 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return tables.drop_empty_columns(shown)
 
 
+def short_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of one kind in five columns, with each interval after its score."""
+    names = short_names([row["file"] for row in rows])
+    shown = []
+    for row in rows:
+        reasons = "; ".join(f"{n} {why}" for why, n in row["reasons"].items())
+        unparsed = f", {row['n_unparsed']} unparsed" if row["n_unparsed"] else ""
+        ends = tables.bounds(row["published_low"], row["published_high"], 1.0)
+        groups = f" of {row['groups']:,} groups" if row["groups"] != row["n"] else ""
+        shown.append(
+            {
+                "file": names[row["file"]],
+                "items": f"{row['n']:,}{groups}",
+                "published": f"{row['published']:.3f} ({ends})" if row["judged"] else None,
+                "strict": f"{row['strict']:.3f} ({tables.interval(row)}){unparsed}",
+                "difference": f"{row['diff']:+.3f}: {reasons}" if reasons else None,
+            }
+        )
+    return shown
+
+
 def short_names(paths: Sequence[str]) -> dict[str, str]:
     """Return path -> the shortest end of it that is unique among the paths."""
     parts = {path: Path(path).parts for path in dict.fromkeys(paths)}
@@ -277,7 +298,7 @@ def _paired_rows(
 
 def markdown(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]) -> str:
     """Return the tables of scores and of paired tests for a terminal."""
-    parts = [f"{title}\n\n{page.markdown(score_table(g))}" for title, g in by_kind(rows).items()]
+    parts = [f"{title}\n\n{page.markdown(short_table(g))}" for title, g in by_kind(rows).items()]
     groups = _grouped(compared, lambda row: row["set"])
     parts += [f"{title}\n\n{page.markdown(_compared_table(g))}" for title, g in groups.items()]
     return "\n".join(parts)

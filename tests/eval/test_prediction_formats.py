@@ -93,7 +93,7 @@ def test_the_page_on_smmile_has_what_the_program_prints():
         for title, group in rescored.by_kind(rows).items():
             section = text.split(f"## {title}\n\n")[1].split("\n## ")[0]
             shown = table_row(section, path.name)
-            printed = page.markdown(rescored.score_table(group))
+            printed = page.markdown(rescored.short_table(group))
             assert table_row(printed, path.name).items() <= shown.items()
 
 
@@ -351,7 +351,7 @@ def test_the_program_compares_files_and_writes_both_outputs(tmp_path, capsys):
     assert stored["rows"] == result["rows"] and stored["environment"]["seed"] == 0
     assert rescore.main([*paths, *flags]) == 0
     printed = capsys.readouterr().out
-    assert "| result_qwen72B_0-shot_mcqa.csv | 111 | 111 | 0.523 |" in printed
+    assert "| result_qwen72B_0-shot_mcqa.csv | 111 | 0.523 (0.4" in printed
     assert f"page: {tmp_path / 'new' / 'rescore.html'}" in printed
 
 
