@@ -29,6 +29,7 @@ from medmax_jax.io.text_files import TextFileError
 
 JUDGE = "judge"  # verdicts of a language model
 EXACT_MATCH = "exact match"
+MAX_VERDICTS = 50  # scores of a task in lmms-eval
 MAX_NAME = 1_024  # characters of an image's path
 OPTION_FIELDS = ("choices", "options")
 IMAGE_FIELDS = ("image_path", "image_name", "img_name", "img_path", "Figure_path", "images")
@@ -237,6 +238,8 @@ def _read_lmms_eval(table: tables.Table) -> PredictionFile:
     date, task = match.groups() if match else ("", table.path.stem)
     answers, left_out = _collect(table, lambda place, row, n: _lmms_answer(place, row))
     names = {name for answer in answers for name in answer.verdicts}
+    if len(names) > MAX_VERDICTS:
+        raise PredictionFileError(f"{table.path}: more than {MAX_VERDICTS} scores in a row")
     results = _read_next_to(table.path.with_name(f"{date}_results.json")).get("results", {})
     totals = results.get(task, {}) if isinstance(results, dict) else {}
     stated = {
@@ -289,13 +292,17 @@ def _read_vlmevalkit(table: tables.Table) -> PredictionFile:
     model = next((name for name in folders if stem.startswith(f"{name}_")), "")
     answers, left_out = _collect(table, lambda place, row, n: _vlm_answer(place, row))
     cut = sum(len(answer.text) == tables.MAX_CELL for answer in answers)
-    notes = (f"{cut} texts have the {tables.MAX_CELL:,} characters of a full cell: cut off",)
+    notes = []
+    if cut:
+        notes.append(f"{cut} texts have the {tables.MAX_CELL:,} characters of a full cell: cut off")
+    if "g_index" in table.columns:
+        notes.append("a hit may stand for all rotations of a question; here each row is scored")
     score = _read_accuracy_csv(path.with_name(f"{stem}_acc.csv"))
     return PredictionFile(
         path=path, format="vlmevalkit", model=model or stem,
         benchmark=stem.removeprefix(f"{model}_") if model else "", answers=answers,
         stated={} if score is None else {"hit": score}, left_out=left_out,
-        notes=notes if cut else (),
+        notes=tuple(notes),
     )  # fmt: skip
 
 

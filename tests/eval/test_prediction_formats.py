@@ -7,6 +7,7 @@ written here in the form that these programs write.
 import csv
 import json
 import pathlib
+import random
 import shutil
 import zipfile
 
@@ -272,6 +273,14 @@ def test_pickles_and_damaged_or_large_xlsx_are_refused(tmp_path, monkeypatch):
         formats.read_predictions(path)
 
 
+def test_cut_off_texts_and_rotations_are_noted(tmp_path):
+    long = "B " * (tables.MAX_CELL // 2) + "B"
+    rows = [vlm_rows(g_index=1), vlm_rows(index=1_000_001, g_index=1, prediction=long)]
+    file, (row,) = rows_of(write_xlsx(tmp_path / "m_MMBench.xlsx", rows))
+    assert len(file.answers[1].text) == tables.MAX_CELL and row["groups"] == 1
+    assert file.notes[0].startswith("1 texts have the 32,767") and "rotations" in file.notes[1]
+
+
 # ---- MedEvalKit
 
 
@@ -329,6 +338,43 @@ def test_one_id_with_different_rows_is_left_out(tmp_path):
     path.write_text(path.read_text() + '8\t"open')
     file = formats.read_predictions(path)
     assert len(file.answers) == 1 and "a quoted field is not closed" in str(file.left_out)
+
+
+def mutate(data, rng):
+    """Change, remove or cut some bytes."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 2, 10))):
+        at = rng.randrange(len(data) or 1)
+        match rng.randrange(4):
+            case 0:
+                data[at : at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                del data[at : at + rng.randrange(1, 40)]
+            case 2:
+                data[at:at] = rng.choice((b'"', b"\t", b"\x00", b"NaN", b"\xff", b"&b;"))
+            case 3:
+                del data[at:]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", ["m.xlsx", "m.tsv", "m_samples_t.jsonl", "r.json"])
+def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, name):
+    path, rng, refused = tmp_path / name, random.Random(0), 0
+    if name == "m.xlsx":
+        write_xlsx(path, [vlm_rows(index=n) for n in range(4)])
+    elif name == "m.tsv":
+        write_csv(path, [vlm_rows(index=n) for n in range(4)], "\t")
+    else:
+        write_jsonl(path, lmms_samples() if "samples" in name else medeval_results())
+    whole = path.read_bytes()
+    for _ in range(100):
+        path.write_bytes(mutate(whole, rng))
+        try:
+            rescoring.item_scores(formats.read_predictions(path))
+        except tables.PredictionFileError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 5 < refused <= 100
 
 
 # ---- The program
