@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.prediction_files.formats import Answer, PredictionFile
-from medmax_jax.eval.tasks.items import Item
+from medmax_jax.eval.records import Item
 
 NO_QUESTION = "no item has its question"
 NO_IMAGE = "no item has its question and its images"

@@ -21,6 +21,7 @@ from medmax_jax import arguments
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.benchmarks.card import Published, TaskSpec
 from medmax_jax.eval.config import EvalError
+from medmax_jax.eval.records import Item
 from medmax_jax.eval.tasks import catalog
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.io.errors import printable
@@ -74,7 +75,7 @@ def digest(cards: Sequence[TaskSpec]) -> str:
 
 def read_items(
     rows: Sequence[tuple[str, Mapping[str, Any]]], cards: Sequence[TaskSpec]
-) -> list[task_items.Item]:
+) -> list[Item]:
     """Return the items of (place, row); rows in the MedMax schema may be among them."""
     by_name = {card.task: card for card in cards}
     tags = _listed_tags(rows, by_name)

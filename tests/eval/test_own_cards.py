@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import eval_setup
 import pytest
 
 from medmax_jax.config import build
@@ -13,6 +14,7 @@ from medmax_jax.eval.benchmarks.card import TaskSpec
 from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.pipeline import stages
+from medmax_jax.eval.records import read_records
 from medmax_jax.eval.reporting import tables
 from medmax_jax.eval.tasks import catalog, own_cards
 from medmax_jax.eval.tasks.items import TaskError
@@ -74,14 +76,14 @@ def test_own_items_run_like_the_built_in_ones(tmp_path):
         for n in range(24)
     ]  # fmt: skip
     summary = run(write_items(tmp_path, rows), tmp_path / "out", cards)
-    heads = {row["task"]: row for row in tables.headlines(summary["scores"])}
+    heads = {row.task: row for row in tables.headlines(summary.scores)}
     assert set(heads) == {"own_mcq", "own_open"}
-    assert (heads["own_mcq"]["n"], heads["own_mcq"]["groups"]) == (40, 20)
-    assert heads["own_mcq"]["value"] == 0.75 and heads["own_open"]["metric"] == "exact"
-    assert {row["probe"] for row in summary["probes"]["rows"]} >= {"blank", "swapped", "rotated_1"}
-    assert [card["task"] for card in summary["cards"]] == ["own_mcq", "own_open"]
-    records = journal.read_jsonl(tmp_path / "out" / "records.jsonl")
-    tags = {record["id"]: dict(record["slices"]) for record in records}
+    assert (heads["own_mcq"].n, heads["own_mcq"].groups) == (40, 20)
+    assert heads["own_mcq"].value == 0.75 and heads["own_open"].metric == "exact"
+    assert {row["probe"] for row in summary.probes["rows"]} >= {"blank", "swapped", "rotated_1"}
+    assert [card["task"] for card in summary.cards] == ["own_mcq", "own_open"]
+    records = read_records(tmp_path / "out" / "records.jsonl")
+    tags = {record.id: dict(record.slices) for record in records}
     assert tags["0"] == {"organ": "brain"} and tags["o2"] == {"portable": "no", "old": "no"}
     assert tags["o0"] == {"portable": "yes", "old": "yes"}
     values = aggregate.scores_by_item(records)
@@ -200,7 +202,7 @@ def test_the_metrics_of_cards_are_those_that_built_in_tasks_have():
     for spec in catalog.TASKS.values():
         if spec.family != "visual_chat":
             assert spec.metric in own_cards.METRICS[spec.family]
-    record = dict(family="vqa_open", text="CT", answer="CT", id="a", error="")
+    record = eval_setup.record(eval_setup.item("a", "vqa_open", 0), "A CT.")
     assert next(iter(per_record.record_scores(record))) in own_cards.METRICS["vqa_open"]
 
 

@@ -499,11 +499,11 @@ def test_samples_of_lmms_eval_are_a_model_of_the_suite(tmp_path):
     text = ["B", "A", "B", "neither", "B", "B"].__getitem__
     path = write_jsonl(tmp_path / "d_samples_own.jsonl", lmms_samples(text, n=6))
     summary = run(items, tmp_path / "out", path)
-    assert summary["recorded"] == dict(
+    assert summary.recorded == dict(
         format="lmms_eval", matched=5, rows=[dict(why=matching.NO_QUESTION, rows=1, first="line 6")]
     )
-    row = summary["scores"][0]
-    assert (row["n"], row["value"], row["n_unparsed"], row["n_errors"]) == (5, 0.6, 1, 0)
+    row = summary.scores[0]
+    assert (row.n, row.value, row.n_unparsed, row.n_errors) == (5, 0.6, 1, 0)
     page = (tmp_path / "out" / "report.html").read_text()
     assert matching.NO_QUESTION in page and "line 6" in page
 
