@@ -120,7 +120,28 @@ def read_predictions(path: str | Path) -> PredictionFile:
     if not result.answers:
         reasons = "; ".join(f"{why} ({len(at)})" for why, at in result.left_out.items())
         raise PredictionFileError(f"{path}: {NO_ANSWERS}: {reasons or 'the file has no rows'}")
-    return result
+    return _with_scores_of_one(result)
+
+
+def _with_scores_of_one(file: PredictionFile) -> PredictionFile:
+    """Return the file without the scores that are on another scale than 0 to 1 in any row."""
+    other = {
+        name: value
+        for answer in file.answers
+        for name, value in answer.verdicts.items()
+        if not 0 <= value <= 1
+    }
+    if not other:
+        return file
+    answers = [
+        dataclasses.replace(a, verdicts={k: v for k, v in a.verdicts.items() if k not in other})
+        for a in file.answers
+    ]
+    notes = [f"{name} has values like {v:g}: no score from 0 to 1" for name, v in other.items()]
+    stated = {name: value for name, value in file.stated.items() if name not in other}
+    return dataclasses.replace(
+        file, answers=tuple(answers), stated=stated, notes=(*file.notes, *notes)
+    )
 
 
 # ---- SMMILE
@@ -158,10 +179,11 @@ def _raw(row: Mapping[str, Any]) -> str:
 
 def _smmile_open(place: str, row: Mapping[str, Any], verdicts: Mapping[str, float]) -> Answer:
     return Answer(
-        key=_problem(row), place=place, family="vqa_open", text=cell_text(row["generated_answer"]),
+        key=_problem(row), place=place, family="vqa_open",
+        text=cell_text(row.get("generated_answer")),
         question=_first(row, "final_question", "original_question"),
-        reference=cell_text(row["true_answer"]), group=_problem(row).split(_PERMUTED)[0],
-        verdicts=verdicts,
+        reference=_first(row, "true_answer", "correct_answer"),
+        group=_problem(row).split(_PERMUTED)[0], verdicts=verdicts,
     )  # fmt: skip
 
 
@@ -225,7 +247,11 @@ def _smmile_published(path: Path) -> tuple[dict[str, float], dict[str, dict[str,
                     by_problem.setdefault(problem, {})[name] = number / 100
     summary = path.with_name(f"{path.stem.replace('result_', 'accuracy_summary_', 1)}.txt")
     if summary.is_file():
-        found = re.search(r"^Accuracy: ([\d.]{1,12})", text_files.read_text(summary), re.M)
+        try:
+            text = text_files.read_text(summary)
+        except TextFileError as error:
+            raise PredictionFileError(str(error)) from error
+        found = re.search(r"^Accuracy: ([01]\.\d{1,10})\b", text, re.M)
         stated |= {"is_correct": float(found[1])} if found else {}
     return stated, by_problem
 
@@ -264,7 +290,7 @@ def _lmms_answer(place: str, row: Mapping[str, Any]) -> Answer | str:
     for name, value in row.items():
         if isinstance(value, dict) and name not in LMMS_KEYS:
             value = next((value[key] for key in LMMS_VERDICTS if key in value), None)
-        if name not in LMMS_KEYS and isinstance(value, bool | int | float) and 0 <= value <= 1:
+        if name not in LMMS_KEYS and isinstance(value, bool | int | float):
             verdicts[name] = float(value)
     return _answer(
         key=cell_text(row.get("doc_id")), place=place, text=text, options=options,
@@ -321,7 +347,7 @@ def _vlm_answer(place: str, row: Mapping[str, Any]) -> Answer | str:
         question=cell_text(row.get("question")), options=options,
         reference=cell_text(row.get("answer")), images=_images(row),
         group=cell_text(row.get("g_index")),
-        verdicts={name: v for name, v in found.items() if v is not None and 0 <= v <= 1},
+        verdicts={name: v for name, v in found.items() if v is not None},
     )  # fmt: skip
 
 

@@ -377,6 +377,14 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, name):
     assert 5 < refused <= 100
 
 
+def test_a_score_on_another_scale_is_no_verdict(tmp_path):
+    rows = [vlm_rows(index=n, hit=None, score=n) for n in range(4)]
+    file, (row,) = rows_of(write_xlsx(tmp_path / "m_Bench.xlsx", rows))
+    # the rows with 0 and 1 alone would have another mean
+    assert row["verdict"] == "" and row["published"] is None and row["strict"] == 1
+    assert file.notes == ("score has values like 3: no score from 0 to 1",)
+
+
 # ---- The program
 
 
