@@ -5,6 +5,7 @@ compare  Status 0: compared. 1: an error, reported in one line. 2: wrong usage.
 config   Defines the fields of configs/eval_*.py; configs/eval_tiny.py documents every field.
 records  Defines an item of the suite, and the record of its answer: one line of records.jsonl.
 report   Rewrites D/report.html from the summary.json and records.jsonl that eval.run left in D.
+rescore  Scores files of predictions that other programs wrote again: status 0, 1 or 2 as compare.
 results  Defines the result of an evaluation: summary.json, and the row of one metric in it.
 run      Evaluates one model and writes records.jsonl, summary.json, report.html and what
          docs/guides/eval.md lists

@@ -30,6 +30,7 @@ def evaluate(
     *,
     adapter: str | Path = "",
     images: str | Path = "",
+    cards: str | Path = "",
     progress: Callable[[str], None] = print,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def evaluate(
     model: an object, or KIND:WHERE. tasks: items, "sample", or a JSONL file in the schema of the
     MedMax release. mode: strict or paper. adapter: of a model KIND:WHERE, or the workdir of its
     training. images: folder of the images; "": the folder of the file, or for a list of items the
-    current directory. overrides: fields of configs/eval_tiny.py, like counts or baselines.
+    current directory. cards: a Python file with those of your own tasks. overrides: fields of
+    configs/eval_tiny.py, like counts or baselines.
     """
     named, listed = isinstance(model, str), not isinstance(tasks, str | Path)
     if not named and not callable(getattr(model, "generate", None)):
@@ -50,6 +52,8 @@ def evaluate(
             f"model is {model!r} with a list of items or an adapter; name the model as KIND:WHERE "
             "and the items by their file, or pass an object and a list"
         )
+    if listed and cards:
+        raise EvalError("cards is for items in a file, and tasks is a list; pass the file")
     config = eval_tiny.get_config().unlock()
     config.mode, config.images = mode, str(images)
     config.questions = "sample" if listed else str(tasks)
@@ -58,12 +62,12 @@ def evaluate(
     settings = pinned(build(Settings, config))
     if isinstance(model, str):
         summary = stages.run(
-            settings, workdir, model=model, adapter=str(adapter), progress=progress
+            settings, workdir, model=model, adapter=str(adapter), cards=cards, progress=progress
         )
         assert summary is not None  # as without a shard or a dry run
         return summary.to_json()
     if isinstance(tasks, str | Path):
-        eval_set = selection.load_eval_set(settings)
+        eval_set = selection.load_eval_set(settings, cards)
     else:
         eval_set = selection.EvalSet(
             items=with_shots(tasks, tasks, settings.shots, seed=settings.seed),

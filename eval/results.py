@@ -88,9 +88,11 @@ class Summary:
     """Holds everything that an evaluation found, and what computed it.
 
     floors: the scores of the baselines. baselines: paired comparisons with answers to the same
-    items, {name, says, scores}. not_run: {task, why}. image_sets: KID and diversity. probes,
-    calibration, contamination: {reason, rows, ..} of the stage of that name; None where it was not
-    requested. modality_ceiling: the upper bound of modality_match. spent: on an endpoint.
+    items, {name, says, scores}. cards: of the user's own tasks. not_run: {task, why}. recorded: how
+    many rows of another program's predictions are of items, and why not. image_sets: KID and
+    diversity. probes, calibration, contamination: {reason, rows, ..} of the stage of that name;
+    None where it was not requested. modality_ceiling: the upper bound of modality_match. spent: on
+    an endpoint.
     """
 
     model: str
@@ -102,7 +104,9 @@ class Summary:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     floors: tuple[BaselineScores, ...] = ()
     baselines: tuple[Mapping[str, Any], ...] = ()
+    cards: tuple[Mapping[str, Any], ...] = ()
     not_run: tuple[Mapping[str, str], ...] = ()
+    recorded: Mapping[str, Any] | None = None
     judge: Mapping[str, Any] | None = None
     not_judged: tuple[str, ...] = ()
     not_scored: tuple[str, ...] = ()

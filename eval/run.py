@@ -3,7 +3,7 @@
     native:FOLDER       a model folder of this project   [--adapter A [--merge]]
     hf:FOLDER           a checkpoint in Hugging Face's, Meta's or Anole's layout, converted once
     endpoint:NAME@URL   an OpenAI-compatible endpoint that accepts images
-    predictions:FILE    recorded answers, JSONL of id, text, images
+    predictions:FILE    recorded answers: JSONL of id, text, images, or another program's file
     baseline:KIND       constant, majority or random
     hf://ORG/NAME       the same as hf:hf://ORG/NAME; A, FOLDER and FILE may be such names
 
@@ -13,7 +13,8 @@ every host of a run (docs/guides/launch.md), each runs a part on its own devices
 scores all parts.
 --dry_run reports the requests and the cost, and stops. --shard=i/n runs one part; without --shard
 all parts are scored together. --export_items=FILE writes the items without their references, for
-programs that write the answers of predictions:FILE, and stops.
+programs that write the answers of predictions:FILE, and stops. --cards=FILE has the cards of a
+benchmark of your own (docs/tutorials/own_benchmark.md).
 
 Status 0: done. 75: interrupted. 1: an error, reported in one line.
 """
@@ -48,7 +49,8 @@ def main(config: ConfigDict, workdir: str) -> None:
     log.setLevel(logging.INFO)
     settings = build(Settings, config)
     if out := flags.FLAGS.export_items:
-        log.info(f"{stages.export_items(settings, out)} items: {out}")
+        count = stages.export_items(settings, out, cards=flags.FLAGS.cards)
+        log.info(f"{count} items: {out}")
         return
     with cli.Stop(together=False) as stop:
 
@@ -65,6 +67,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             adapter=given.adapter,
             merge=given.merge,
             shard=given.shard,
+            cards=given.cards,
             dry_run=given.dry_run,
             progress=progress,
             stopped=lambda: bool(stop.requested),
@@ -72,6 +75,9 @@ def main(config: ConfigDict, workdir: str) -> None:
     if summary is None:
         return
     lines = [page.markdown([{name: vars(row)[name] for name in COLUMNS} for row in summary.scores])]
+    if recorded := summary.recorded:
+        lines.append(f"{recorded['matched']} answers of a file in the format {recorded['format']}")
+        lines += [f"{row['rows']} rows left out: {row['why']}" for row in recorded["rows"]]
     lines += [f"baseline {floor.name}: {floor.says}" for floor in summary.floors]
     lines.append("")
     for baseline in summary.baselines:
@@ -86,6 +92,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("adapter", "", "adapter, or the workdir of its training; native, hf")
     flags.DEFINE_bool("merge", False, "merge the adapter into the weights when loading")
     flags.DEFINE_string("shard", "", "i/n: run only shard i of n of the items, from 0")
+    flags.DEFINE_string("cards", "", "Python file with the cards of a benchmark of your own")
     flags.DEFINE_bool(
         "dry_run", False, "report the requests and their cost, and stop before any request"
     )

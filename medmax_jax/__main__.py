@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": ("medmax_jax.convert", "convert, inspect and check checkpoints and adapters"),
     "eval": ("medmax_jax.eval.run", "evaluate a model on the benchmark suite"),
     "compare": ("medmax_jax.eval.compare", "compare two evaluations with paired tests"),
+    "rescore": ("medmax_jax.eval.rescore", "score published predictions of other programs again"),
     "report": ("medmax_jax.eval.report", "render the report page of an evaluation again"),
     "suite": ("medmax_jax.eval.suite", "list the tasks of the suite with published scores"),
 }

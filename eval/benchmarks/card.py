@@ -66,6 +66,11 @@ class TaskSpec:
     sets: QuestionSets | None = None
     run_by: str = ""
 
+    def fields(self) -> dict[str, Any]:
+        """Return what a page states of the card, for files: all but its sets and functions."""
+        left_out = ("sets", "own_correct", "own_scores")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+
 
 def item_row(name: str, place: RowLocation, kind: str, **fields: Any) -> Item:
     """Return an item in the MedMax schema; empty slices are left out, fields replace defaults.

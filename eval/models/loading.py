@@ -81,6 +81,12 @@ class LoadedModel:
             resampling=resampling,
         )
 
+    def recorded(self) -> dict[str, Any] | None:
+        """Return how many rows of another program's predictions are of items, and why not."""
+        if not isinstance(self.model, predictions.Predictions):
+            return None
+        return self.model.recorded
+
     def usage(self) -> dict[str, Any] | None:
         """Return calls, tokens and USD of this start, for endpoints."""
         if not isinstance(self.model, endpoint_model.EndpointModel):

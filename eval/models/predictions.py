@@ -1,5 +1,8 @@
 """Reads recorded answers as a model, JSONL of {"id", "text", "images": [paths]}; writes the items.
 
+A file in a format of another evaluation program (eval/prediction_files/formats.py) is matched to
+the items; rows that match none are counted in `recorded`.
+
     export_items -> {"id", "task", "question", "options", "prompt": [parts], "answer_format", ..}
                  -> answers by any program -> Predictions
 
@@ -12,12 +15,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.models.base import FailedResponse, ModelRequest, Segment
+from medmax_jax.eval.prediction_files import formats, matching, tables
 from medmax_jax.eval.records import Item, is_credentialed
 from medmax_jax.eval.tasks.families import FAMILIES
 from medmax_jax.io.errors import printable
@@ -31,6 +36,7 @@ MAX_IMAGES = 16  # of an answer
 MAX_NAME = 1_024  # characters of an image's path
 MAX_IMAGE_BYTES = 20_000_000
 MAX_PIXELS = 64_000_000
+OTHER_ENDINGS = (".csv", ".tsv", ".xlsx", *tables.PICKLES)
 
 
 class PredictionsError(ValueError):
@@ -45,7 +51,11 @@ class Predictions:
     def __init__(self, path: str | Path, items: Sequence[Item]):
         self.path = Path(path)
         self.name, self.fingerprint = self.path.name, digest(self.path)
-        self._rows = _read(self.path)
+        self.recorded: dict[str, Any] | None = None
+        if _is_other_format(self.path):
+            self._rows, self.recorded = _matched(self.path, items)
+        else:
+            self._rows = _read(self.path)
         item_ids = {item.id for item in items}
         credentialed = any(map(is_credentialed, items))
         unknown_ids = [name for name in self._rows if name not in item_ids]
@@ -146,6 +156,40 @@ def digest(path: str | Path) -> str:
         raise PredictionsError(
             f"--model predictions:{path}: {error.strerror}; name a JSONL file"
         ) from error
+
+
+def _is_other_format(path: Path) -> bool:
+    """Return whether the file is not JSON, or its first row is of another program."""
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        return path.suffix.lower() in OTHER_ENDINGS
+    try:
+        first = next(iter(tables.rows_of(path)), "")
+    except TextFileError:
+        return False  # `_read` names the problem
+    columns = () if isinstance(first, str) else first[1]
+    if "id" in columns and {"text", "images"} & set(columns):
+        return False
+    return any(each.fits(columns) for each in formats.FORMATS)
+
+
+def _matched(path: Path, items: Sequence[Item]) -> tuple[dict[str, dict], dict[str, Any]]:
+    """Return the rows of the items, and what was matched: format, counts, reasons of the rest."""
+    try:
+        file = formats.read_predictions(path)
+    except tables.PredictionFileError as error:
+        raise PredictionsError(str(error)) from error
+    answers, unmatched = matching.match(file, items)
+    rows = [
+        dict(why=reason, rows=len(places), first=places[0]) for reason, places in unmatched.items()
+    ]
+    if not answers:
+        reasons = "; ".join(f"{row['why']} ({row['rows']}, first: {row['first']})" for row in rows)
+        raise PredictionsError(f"{path}: no row is of an item of this evaluation: {reasons}")
+    by_item = {
+        name: dict(id=name, text=answer.text, images=[], place=answer.place)
+        for name, answer in answers.items()
+    }
+    return by_item, dict(format=file.format, matched=len(answers), rows=rows)
 
 
 def _read(path: Path) -> dict[str, dict]:

@@ -1,7 +1,7 @@
 """Records what the answers of a workdir depend on, in run.json, and refuses another evaluation.
 
 {"sample": .., "mode": .., "prompt": .., "shots": .., "perturbation": .., "model": ..,
- "adapter": .., "items": SHA-256 of all items}
+ "adapter": .., "items": SHA-256 of all items, "cards": that of a user's own cards}
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.metrics import per_record
 from medmax_jax.eval.models import loading
 from medmax_jax.eval.records import Item, is_credentialed
+from medmax_jax.eval.tasks import own_cards
 from medmax_jax.eval.tasks.selection import EvalSet
 from medmax_jax.io import journal
 from medmax_jax.io.text_files import TextFileError, read_json_object
@@ -43,6 +44,8 @@ def check_workdir(
         "adapter": spec.adapter_digest,
         "items": hashlib.sha256(items.encode()).hexdigest(),
     }
+    if eval_set.cards:
+        facts["cards"] = own_cards.digest(eval_set.cards)
     path = workdir / "run.json"
     if write and any(map(is_credentialed, eval_set.items)):
         os.chmod(workdir, 0o700)  # it may have existed

@@ -121,6 +121,7 @@ def run(
     adapter: str = "",
     merge: bool = False,
     shard: str = "",
+    cards: str | Path = "",
     dry_run: bool = False,
     progress: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
@@ -130,10 +131,11 @@ def run(
     Returns None after one shard or a dry run, and on all but the first of several hosts: each runs
     the model on its shard with its own devices, and the first one scores all of them.
 
-    model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0.
+    model: KIND:WHERE, as eval/models/loading.py has it. shard: "i/n" of the items, from 0. cards:
+    a Python file with those of the user's own tasks.
     """
     settings = pinned(settings)
-    eval_set, part = load_eval_set(settings), Shard.of(shard)
+    eval_set, part = load_eval_set(settings, cards), Shard.of(shard)
     if (hosts := jax.process_count()) > 1:
         if shard:
             raise EvalError(f"--shard is {shard!r}; omit it, {hosts} hosts divide the items")
@@ -175,12 +177,12 @@ def open_workdir(
         yield w
 
 
-def export_items(settings: Settings, out: str | Path) -> int:
+def export_items(settings: Settings, out: str | Path, *, cards: str | Path = "") -> int:
     """Write the items of the settings for programs that answer them; return their number.
 
     With a credentialed item the file has mode 0600. The answers are read by --model=predictions.
     """
-    eval_set = load_eval_set(settings)
+    eval_set = load_eval_set(settings, cards)
     check_images(eval_set)
     check_prompts(eval_set)
     perturbed = Path(out).absolute().parent / perturbation.FOLDER if settings.perturbation else None
@@ -442,9 +444,8 @@ def build_summary(
     """Write summary.json: scores, baselines and provenance."""
     spec, mode, resampling = run.loaded.spec, run.settings.mode, run.resampling
     inputs = per_record.read(run.workdir, judge=judge["judge"] if judge else None)
-    scores = aggregate.summary(
-        records, inputs, mode=mode, resampling=resampling, cards=catalog.TASKS
-    )
+    cards = catalog.TASKS | {card.task: card for card in run.eval_set.cards}
+    scores = aggregate.summary(records, inputs, mode=mode, resampling=resampling, cards=cards)
     baseline_scores = baselines.baseline_scores(
         run.settings.baselines, run.eval_set.items, records, mode=mode, resampling=resampling
     )
@@ -458,7 +459,9 @@ def build_summary(
         scores=tuple(baselines.with_baselines(scores, baseline_scores)),
         floors=tuple(baseline_scores),
         baselines=tuple(_comparisons(run, records, probed)),
+        cards=tuple(card.fields() for card in run.eval_set.cards),
         not_run=tuple(not_run(run)),
+        recorded=run.loaded.recorded(),
         judge=judge,
         not_judged=tuple(aggregate.not_judged(records, inputs)),
         not_scored=tuple(aggregate.not_scored(records, inputs)),

@@ -6,6 +6,7 @@ curves      Draws calibration charts per task from the bins and curves of
             eval/pipeline/option_likelihoods.py.
 definitions Defines the metrics and columns of the pages, each with the direction that is better.
 page        Renders one evaluation as a page and as Markdown: eval/report.py is the program.
+rescored    Compares the models of several prediction files, and renders the page of eval.rescore.
 tables      Builds the tables of the page: headlines, published scores, slices and failures.
 verdict     States the result of an evaluation: one sentence per headline, and all of them in one
             chart.

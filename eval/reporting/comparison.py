@@ -90,13 +90,16 @@ def compare(
             f"{first} and {second}: no item has a score on both sides; compare evaluations of the "
             "same items"
         )
-    rows = [_row(key, first_scores[key], second_scores[key], resampling=resampling) for key in keys]
+    rows = [
+        paired_test(key, first_scores[key], second_scores[key], resampling=resampling)
+        for key in keys
+    ]
     headlines = {row["task"]: row for row in reversed(rows)}  # the first metric of each task
     adjusted = paired_tests.holm({task: row["p"] for task, row in headlines.items()})
     for row in rows:
         if row is headlines[row["task"]]:
             row["p_holm"] = adjusted[row["task"]]
-            row["claim"] = _verdict(row, names or (str(first), str(second)))
+            row["claim"] = verdict_of(row, names or (str(first), str(second)))
     suite = _suite(headlines, first_scores, second_scores, resampling=resampling)
     left_out = _left_out(sides, shared, first_scores, second_scores)
     return Comparison(rows=rows, suite=suite, left_out=left_out + list(left_out_scorers.values()))
@@ -234,9 +237,14 @@ def _check_same(first_record: EvalRecord, second_record: EvalRecord) -> None:
             raise ComparisonError(f"{difference}; evaluate both on the same items")
 
 
-def _row(
-    key, first: Mapping, second: Mapping, *, resampling: intervals.Resampling
+def paired_test(
+    key: tuple[str, str],
+    first: Mapping[str, tuple[str, float]],
+    second: Mapping[str, tuple[str, float]],
+    *,
+    resampling: intervals.Resampling,
 ) -> dict[str, Any]:
+    """Return the row of one (task, metric): id -> (group, score) of both, on the items of both."""
     (task, metric), names = key, [name for name in first if name in second]
     groups = [first[name][0] for name in names]
     before, after = ([side[name][1] for name in names] for side in (first, second))
@@ -266,7 +274,8 @@ def _row(
     )
 
 
-def _verdict(row: Mapping[str, Any], names: tuple[str, str]) -> str:
+def verdict_of(row: Mapping[str, Any], names: tuple[str, str]) -> str:
+    """Return which of two is better by Holm's p of the row, "NAME wins" or INCONCLUSIVE."""
     if row["p_holm"] >= paired_tests.ALPHA:
         return INCONCLUSIVE
     better = row["diff"] * (-1 if row["metric"] in LOWER_IS_BETTER else 1) > 0

@@ -59,6 +59,7 @@ COLUMN_NAMES = {  # section -> column of the summary -> as shown
     "probes": {"before": "original", "after": "modified", "diff": "modified minus original"},
 }
 SECTIONS = (  # fields of the summary that hold rows, or {"reason", "rows"}, shown unchanged
+    ("recorded", "Rows of the predictions that are not of an item"),
     ("probes", "Probes: the same questions in modified form"),
     ("calibration", "Options by likelihood, and calibration"),
     ("contamination", "Contamination: the clean and the contaminated part"),
@@ -97,6 +98,8 @@ def write(
     if result := verdict.render(summary):
         body += html_page.section("Result", result)
     body += _scores(summary) + _published(summary)
+    if cards := tables.card_table(summary):
+        body += html_page.section("Cards of the tasks", rows_table(cards))
     for baseline in summary.baselines:
         names = {"before": baseline["name"], "after": "the model", "diff": "model minus baseline"}
         rows = tables.rename_columns(tables.merge_interval_columns(baseline["scores"]), names)

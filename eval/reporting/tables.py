@@ -8,6 +8,7 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from medmax_jax.eval.benchmarks.card import Published, TaskSpec
 from medmax_jax.eval.metrics import per_record, strict
 from medmax_jax.eval.records import EvalRecord
 from medmax_jax.eval.results import MetricRow, Summary
@@ -134,8 +135,9 @@ def published(summary: Summary) -> list[tuple[str, list[dict[str, Any]], list[st
     """
     tables_by_metric: dict[str, list[dict[str, Any]]] = {}
     differences: dict[str, list[str]] = {}
+    own_cards = own_cards_of(summary)
     for head in headlines(summary.scores) if is_suite(summary) else ():
-        spec = catalog.task_spec(head.task, head.family)
+        spec = own_cards.get(head.task) or catalog.task_spec(head.task, head.family)
         for metric_name in dict.fromkeys(p.metric for p in spec.published) if spec else ():
             metric = OURS.get(metric_name, spec.metric)
             matching = [r for r in summary.scores if (r.task, r.metric) == (head.task, metric)]
@@ -159,6 +161,33 @@ def published(summary: Summary) -> list[tuple[str, list[dict[str, Any]], list[st
     ]
 
 
+def own_cards_of(summary: Summary) -> dict[str, TaskSpec]:
+    """Return task -> card of the user's own tasks."""
+    cards = {}
+    for fields in summary.cards:
+        published_scores = tuple(Published(**score) for score in fields["published"])
+        cards[fields["task"]] = TaskSpec(**fields | dict(published=published_scores))
+    return cards
+
+
+def card_table(summary: Summary) -> list[dict[str, Any]]:
+    """Return the cards of the user's own tasks as rows."""
+    rows = [
+        {
+            "task": card.task,
+            "title": card.title,
+            "family": card.family,
+            "source": card.source,
+            "revision": card.revision,
+            "split": card.split,
+            "license": card.licence,
+            "data class": card.data_class,
+        }
+        for card in own_cards_of(summary).values()
+    ]
+    return drop_empty_columns(rows)
+
+
 def is_suite(summary: Summary) -> bool:
     """Return whether the items are of the suite, not of the embedded sample."""
     return list(summary.settings["questions"]) != ["sample"]
@@ -168,16 +197,18 @@ def not_run(summary: Summary, records: Sequence[EvalRecord]) -> list[dict[str, A
     """Return the tasks of the suite that have no score here, and why."""
     scored_tasks = {row.task for row in summary.scores}
     reasons = {entry["task"]: entry["why"] for entry in summary.not_run}
+    own = own_cards_of(summary)
     if is_suite(summary):
-        absent = dict.fromkeys(catalog.TASKS, "the evaluation has no items of it")
-        reasons = absent | reasons
+        tasks = own if own else catalog.TASKS
+        reasons = dict.fromkeys(tasks, "the evaluation has no items of it") | reasons
+    cards = catalog.TASKS | own
     answered = dict.fromkeys(record.task for record in records)
     reasons |= dict.fromkeys(answered, "answered, but not scored; see config.scorers")
     return [
         {
             "task": task,
             "why": reason,
-            "source of its rows": catalog.TASKS[task].source if task in catalog.TASKS else None,
+            "source of its rows": cards[task].source if task in cards else None,
         }
         for task, reason in reasons.items()
         if task not in scored_tasks

@@ -6,6 +6,7 @@ benchmark_readers  Reads public benchmarks in their own formats into rows of the
 catalog            Lists the suite's tasks in one table: their rows, prompts and metrics.
 items              Defines families of tasks and items, made from rows of the MedMax release's
                    schema.
+own_cards          Reads the cards and the items of a user's own benchmark.
 probes             Modifies questions to test whether a model uses the image and the option order.
 selection          Selects items of the embedded sample or of JSONL files by the settings' counts.
 """

@@ -7,10 +7,11 @@ from typing import Any
 
 from medmax_jax.data.sample.documents import eval_items
 from medmax_jax.data.sample.manifest import read_manifest
+from medmax_jax.eval.benchmarks.card import TaskSpec
 from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.records import Item, is_credentialed
 from medmax_jax.eval.tasks import items as task_items
-from medmax_jax.eval.tasks import shots
+from medmax_jax.eval.tasks import own_cards, shots
 from medmax_jax.generation.model_bundle import MAX_PIXELS
 from medmax_jax.io import text_files
 from medmax_jax.models import image_headers, images
@@ -60,11 +61,18 @@ class EvalSet:
     train: list[Item]
     training_images: list[tuple[str, str]]
     folder: Path
+    cards: tuple[TaskSpec, ...] = ()  # of a benchmark of the user's own
 
 
-def load_eval_set(settings: Settings) -> EvalSet:
-    """Load the embedded sample's items, or those of JSONL files in the MedMax schema."""
+def load_eval_set(settings: Settings, cards: str | Path = "") -> EvalSet:
+    """Load the embedded sample's items, or those of JSONL files.
+
+    The rows are in the MedMax schema, or with `cards`, a file of cards, in that of own_cards.py.
+    """
+    own = own_cards.load_cards(cards) if cards else ()
     if settings.questions == ("sample",):
+        if own:
+            raise EvalError("--cards is for own items, and config.questions is sample; name a file")
         return load_sample(settings)
     if not settings.questions or "sample" in settings.questions:
         raise EvalError(
@@ -73,9 +81,11 @@ def load_eval_set(settings: Settings) -> EvalSet:
         )
     files = [Path(hub.locate(path)) for path in settings.questions]
     rows = [row for path in files for row in read_rows(path)]
-    items = task_items.from_rows([row for _, row in rows], places=[place for place, _ in rows])
+    items = own_cards.read_items(rows, own)
     folder = Path(hub.locate(settings.images)) if settings.images else files[0].parent
-    return EvalSet(items=_chosen(items, settings), train=[], training_images=[], folder=folder)
+    return EvalSet(
+        items=_chosen(items, settings), train=[], training_images=[], folder=folder, cards=own
+    )
 
 
 def load_sample(settings: Settings) -> EvalSet:

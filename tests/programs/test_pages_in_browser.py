@@ -20,6 +20,7 @@ from medmax_jax.configs import tiny
 from medmax_jax.data import prepare
 from medmax_jax.data.records.reader import open_records
 from medmax_jax.environment import environment
+from medmax_jax.eval import rescore
 from medmax_jax.eval.reporting import comparison, page
 from medmax_jax.generation import model_bundle
 from medmax_jax.generation.model_bundle import Image, Text
@@ -64,6 +65,12 @@ def compared(folder):
     markup = comparison.render(result, "one", "two", facts=[side, side, environment()])
     (folder / "comparison.html").write_text(markup)
     return folder / "comparison.html"
+
+
+def rescored(folder):
+    files = [str(path) for path in (ROOT / "tests" / "eval" / "smmile").glob("*.csv")]
+    assert rescore.main([*files, f"--workdir={folder}", "--resamples=2000"]) == 0
+    return folder / "rescore.html"
 
 
 def gallery(folder):
@@ -114,7 +121,17 @@ def quickstart(folder):
 
 @pytest.mark.parametrize(
     "make",
-    [evaluation, items, compared, gallery, record_stats, law, training_samples, quickstart],
+    [
+        evaluation,
+        items,
+        compared,
+        rescored,
+        gallery,
+        record_stats,
+        law,
+        training_samples,
+        quickstart,
+    ],
 )
 def test_pages_are_accessible_and_never_scroll_sideways(make, browser, tmp_path):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()

@@ -44,6 +44,7 @@ ON_TINY = (  # the shipped model stands for the published one, embedded images f
 SMALLER = {
     "laptop": (("vqa_closed = 40", "vqa_closed = 8"), ("steps=300", "steps=10")),
     "endpoint": (),
+    "own_benchmark": ((r"(--workdir=runs/own)", r"\1 --model=baseline:majority"),),
     "tpu_7b": tuple(
         (COMMAND.format(rf".*medmax_jax\.{start}"), "")  # what needs the adapter, or trains it
         for start in (r"train (?!(?:.*\\\n)*.*--dry_run)", "generate ", r"convert --from \S*runs")
@@ -110,9 +111,13 @@ def test_a_tutorial_runs_with_smaller_sizes(page, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["laptop", "tpu_7b", "scaling_study"])
+@pytest.mark.parametrize("page", ["laptop", "tpu_7b", "scaling_study", "own_benchmark"])
 def test_a_tutorial_runs_as_written(page, tmp_path):
     run_page(page, tmp_path)
+
+
+def test_the_tutorial_of_an_own_benchmark_runs_with_a_baseline(tmp_path):
+    run_page("own_benchmark", tmp_path, *SMALLER["own_benchmark"])
 
 
 def test_the_tutorial_of_an_endpoint_runs_as_written(tmp_path):
