@@ -51,7 +51,8 @@ _CLAUSE = re.compile(
 _SENTENCE = re.compile(r"[.!?](?=[\s\"')\]\u0003]|$)|[;\n。！？；\u0002\u0003]")
 
 NEGATORS = re.compile(
-    r"\b(?:not|never|neither|nor|no|none|without|cannot|exclud\w*|rules? out|ruled out|ruling out|"
+    r"\b(?:not|never|neither|nor|no|none|(?<!\ba )few|scant|scarce\w*|without|cannot|"
+    r"exclud\w*|rules? out|ruled out|ruling out|"
     r"eliminat\w*|reject\w*|dismiss\w*|discard\w*|except|excepting|instead of|rather than|than|"
     r"unlike|as opposed to|opposed to|compared (?:to|with)|unlikely|unable|against|"
     r"r/o|(?:incorrect|wrong|false|worst)(?=\s*(?:options?|answers?|choices?|one|is|[:\-]))|least|"
@@ -120,6 +121,7 @@ _BAD = (
     r"(?:not|never|incorrect|wrong|false|unlikely|excluded|ruled out|eliminated|rejected|dismissed|"
     r"discarded|less|least|out\b|inconsistent|incompatible|implausible|impossible|absent|"
     r"normal(?=\s*(?:$|[.,;:!)\n]|and\b|in (?:size|appearance|position)\b))|unremarkable|"
+    r"contraindicated|only (?:indicated|used|given|needed) if|"
     r"inappropriate|improbable|untrue|invalid|inaccurate|unsupported|unrelated|irrelevant|"
     r"a distractor|contradicted|no longer|neither|missing|negative)"
 )

@@ -16,6 +16,7 @@ _QUANTITY = re.compile(  # "2 cm", "5 years": a measurement, not the option "2"
     r"minutes?|times|x)(?!\w)",
     re.IGNORECASE,
 )
+_DISTANCE = re.compile(r" (?:away|from|above|below|proximal|distal|anterior|posterior)\b", re.I)
 _NUMBERED = re.compile(r"(?:(?:^|\n)\s*|\b(?:step|figure|fig\.?|slice|image|panel|part) )$", re.I)
 _EVALUATED = re.compile(r"\b(?:that's|that is|you're|you are|all|quite) $", re.I)  # "right"
 _WORD = re.compile(r"\d+(?:[.,]\d+)?|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+")
@@ -109,13 +110,16 @@ def _is_part(text: str, mention: Mention, mentions: list[Mention]) -> bool:
 
 
 def _has_other_sense(text: str, mention: Mention) -> bool:
-    """Return whether a number or "right" is no option: "2 cm", "T2", "2. Liver", "that's right"."""
+    """Return whether a number or "right" is no option: "T2", "2. Liver", "that's right".
+
+    A measurement is no count ("2 cm" where the option is "2") and a distance no size.
+    """
     named = text[mention.start : mention.end]
     before = text[max(0, mention.start - 12) : mention.start]
     if named.lower() == "right":
         return _EVALUATED.search(before) is not None
     if not named.isdecimal():
-        return False
+        return named[0].isdecimal() and _DISTANCE.match(text, mention.end) is not None
     listed = _NUMBERED.search(before) and re.match(r"[.):]\s", text[mention.end : mention.end + 2])
     joined = re.search(r"[^\W\d_]-?$", before)
     return bool(listed or joined or _QUANTITY.match(text, mention.end))
