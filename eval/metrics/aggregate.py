@@ -13,7 +13,7 @@ it were dropped. `mde`: minimum detectable effect. One group has no interval and
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medmax_jax.eval.metrics import per_record, release, strict
+from medmax_jax.eval.metrics import captions, per_record, release, strict
 from medmax_jax.eval.metrics.per_record import NO_INPUTS, Record, ScoringInputs
 from medmax_jax.eval.stats import intervals
 
@@ -57,6 +57,7 @@ def summary(
         ]
         if task == PROBMED:
             task_rows += paired_accuracy(task_records, inputs, resampling=resampling)
+        task_rows += caption_rows(task_records, resampling=resampling)
         release_by_metric = release.release_scores(task_records, inputs)
         for number, row in enumerate(task_rows):
             metric, family = row.pop("metric"), task_records[0]["family"]
@@ -150,20 +151,54 @@ def relative_score_row(
         resampling=resampling,
         span=(strict.MIN_SCORE / strict.MAX_SCORE, strict.MAX_SCORE / strict.MIN_SCORE),
     )
-    return [
-        dict(metric="judge_relative")
+    row = _row_of_task("judge_relative", interval, records) | dict(
+        best=comparison["best"],
+        n_unscored=comparison["n_unscored"],
+        scored_only=comparison["ratio_of_means"],
+    )
+    return [row | {name: comparison[name] for name in ("mean_of_ratios", "win", "tie", "loss")}]
+
+
+def caption_rows(
+    records: Sequence[Record], *, resampling: intervals.Resampling
+) -> list[dict[str, Any]]:
+    """Return BLEU and CIDEr-D of a captioning task; a failed answer is an empty one."""
+    if records[0]["family"] != "captioning":
+        return []
+    answers = ["" if r.get("error") else per_record.answer_text(r) for r in records]
+    references, groups = [r["answer"] for r in records], [r["group"] for r in records]
+    by_metric = {}
+    if captions.has_bleu():
+        by_metric["bleu"] = captions.bleu_interval(
+            answers, references, groups, resampling=resampling
+        )
+    by_metric["cider"] = intervals.mean_interval(
+        captions.cider(answers, references),
+        groups,
+        resampling=resampling,
+        span=captions.CIDER_SPAN,
+    )
+    return [_row_of_task(metric, interval, records) for metric, interval in by_metric.items()]
+
+
+def _row_of_task(
+    metric: str, interval: intervals.Interval, records: Sequence[Record]
+) -> dict[str, Any]:
+    """Return the columns of `metric_row` for a number of all records of a task together."""
+    errors = sum(bool(r.get("error")) for r in records)
+    return (
+        dict(metric=metric)
         | interval.row()
         | dict(
-            best=comparison["best"],
+            best=interval.mean,
             n_unparsed=0,
-            n_unscored=comparison["n_unscored"],
-            n_errors=sum(bool(r.get("error")) for r in records),
-            scored_only=comparison["ratio_of_means"],
+            n_unscored=0,
+            n_errors=errors,
+            scored_only=interval.mean,
             judge_sd=None,
             mde=None,
         )
-        | {name: comparison[name] for name in ("mean_of_ratios", "win", "tie", "loss")}
-    ]
+    )
 
 
 def paired_accuracy(

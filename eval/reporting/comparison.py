@@ -21,6 +21,8 @@ from medmax_jax.eval.stats import intervals, paired_tests
 from medmax_jax.io import charts, html_page, journal
 
 LOWER_IS_BETTER = ("unparsed",)
+P_VALUES = ("p", "p_mcnemar", "p_holm")
+SMALL_P = 0.001  # below it a p value is printed as "<0.001"; --json has the number
 INCONCLUSIVE = "inconclusive"
 WIDTH, ROW_HEIGHT, MARGIN = 4.0, 0.42, 0.7  # inches of the chart
 COLUMNS = {
@@ -129,7 +131,7 @@ def render(
         ("All metrics", comparison.rows),
         ("Mean over the tasks", [comparison.suite]),
     ):
-        merged = tables.rename_columns(tables.merge_interval_columns(rows), names)
+        merged = tables.rename_columns(tables.merge_interval_columns(printed(rows)), names)
         terms = definitions.of_table({row.get("metric", "") for row in rows}) | COLUMNS
         cells = [list(row.values()) for row in merged]
         body += html_page.section(title, html_page.table(list(merged[0]), cells, definitions=terms))
@@ -139,6 +141,18 @@ def render(
     return html_page.document(f"Comparison of {first} and {second}", body)
 
 
+def printed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of a comparison with their p values as they are printed."""
+    return [{k: p_text(v) if k in P_VALUES else v for k, v in row.items()} for row in rows]
+
+
+def p_text(p: float | None) -> str | None:
+    """Return a p value as text: 0.0214 -> "0.021", 0.00004 -> "<0.001"."""
+    if p is None:
+        return None
+    return f"<{SMALL_P:g}" if p < SMALL_P else f"{p:.3f}"
+
+
 def _page_verdict(row: Mapping[str, Any], first: str, second: str) -> html_page.Verdict:
     """Return the verdict on one task; it is good where the second is better."""
     text = (
@@ -146,7 +160,9 @@ def _page_verdict(row: Mapping[str, Any], first: str, second: str) -> html_page.
         f"({second}), difference {row['diff']:.3f}"
     )
     text += tables.interval_text(row)
-    text += f", on {row['n']:,} items of {row['groups']:,} groups; p {row['p_holm']:.3f}, by Holm."
+    text += (
+        f", on {row['n']:,} items of {row['groups']:,} groups; p {p_text(row['p_holm'])}, by Holm."
+    )
     if row["claim"] == INCONCLUSIVE:
         return html_page.Verdict("neutral", "Inconclusive", text)
     better = row["claim"] == f"{second} wins"
