@@ -67,7 +67,7 @@ class Design:
         if not self.group_size:
             sizes = np.maximum(1, np.round(rng.lognormal(1.2, 1.0, self.groups))).astype(int)
         member = np.repeat(np.arange(self.groups), sizes)
-        share = self.share + self.spread * rng.uniform(-1, 1)
+        share = self.share + (self.spread * rng.uniform(-1, 1) if self.spread else 0.0)
         center = 0.5 if self.paired else share
         shares = np.full(self.groups, center)
         if self.icc:

@@ -15,6 +15,9 @@ METRICS: Mapping[str, str] = {
     "token_f1": f"F1 of the words shared with the reference, 0 to 1; {HIGHER}",
     "rouge_l": "ROUGE-L: F-measure of the longest common subsequence of words with the "
     f"reference, 0 to 1; {HIGHER}",
+    "bleu": f"corpus BLEU-4 of sacrebleu, in lower case, 0 to 1; {HIGHER}",
+    "cider": "CIDEr-D: cosine of the n-grams of caption and reference, rare ones weighted more, 0 "
+    f"to 10; {HIGHER}",
     "fact_recall": f"share of the stated facts that the caption contains; {HIGHER}",
     "has_image": f"share of answers that contain an image; {HIGHER}",
     "modality_match": "share of generated images whose nearest centroid of training images has "

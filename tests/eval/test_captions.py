@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmax_jax.eval.metrics import aggregate, captions
+from medmax_jax.eval.reporting import page
 from medmax_jax.eval.stats.intervals import Resampling
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "parity" / "captions.json").read_text("utf-8"))
@@ -60,17 +61,20 @@ def test_rows_of_a_captioning_task():
         np.mean(captions.cider(texts, [*texts[:3], "a fracture", "normal"]))
     )
     assert rows["cider"]["value"] > 2 and rows["cider"]["ci_high"] <= 10
-    assert ("bleu" in rows) == captions.has_bleu() == ("bleu" not in captions.not_run())
+    assert ("bleu" in rows) == captions.has_bleu() == ("bleu" not in captions.not_run(rows))
     assert set(rows["cider"]) == set(rows["rouge_l"])
     assert not rows["cider"]["headline"]
 
 
 def test_metrics_without_their_package_are_named(monkeypatch):
     monkeypatch.setattr(captions, "has_bleu", lambda: False)
-    assert captions.not_run()["bleu"] == "needs the package sacrebleu, which is not installed"
     item = eval_setup.item("captioning_report", "captioning", 0, answer="a lung")
     rows = aggregate.summary(
         [eval_setup.record(item, "a lung")], mode="test", resampling=RESAMPLING
     )
-    assert "bleu" not in {row["metric"] for row in rows}
-    assert {"METEOR", "RadGraph-F1", "GREEN"} <= set(captions.not_run())
+    missing = captions.not_run({row["metric"] for row in rows})
+    assert missing["bleu"] == "needs the package sacrebleu"
+    assert {"METEOR", "RadGraph-F1", "GREEN"} <= set(missing)
+    text = page.caption_metrics_not_run(rows)
+    assert "METEOR" in text and "needs the package sacrebleu" in text
+    assert page.caption_metrics_not_run([row | {"family": "vqa_open"} for row in rows]) == ""
