@@ -5,9 +5,11 @@
     the same records   -> the scoring of the release (release.py), next to them
 
 A row is {task, family, metric, mode, n, groups, few_groups, value, ci_low, ci_high, best,
-n_unparsed, n_unscored, n_errors, scored_only, judge_sd, mde, paper, paper_n, headline}. `value`
-counts what could not be parsed or judged as wrong, `best` as right; `scored_only` is the value if
-it were dropped. `mde`: minimum detectable effect. One group has no interval and no mde (None).
+n_unparsed, n_unscored, n_errors, scored_only, n_judge_read, value_parsed, judge_sd, mde, paper,
+paper_n, headline}. `value` counts what could not be parsed or judged as wrong, `best` as right;
+`scored_only` is the value if it were dropped. `n_judge_read`: answers that only a judge could read;
+they count in `value`, and as wrong in `value_parsed`. `mde`: minimum detectable effect. One group
+has no interval and no mde (None).
 """
 
 from collections.abc import Mapping, Sequence
@@ -121,11 +123,22 @@ def metric_row(
             n_unscored=total.n_unscored,
             n_errors=sum(bool(r.get("error")) for r, _ in scored_records),
             scored_only=total.scored_only,
+            **_judge_read_columns(item_scores),
             judge_sd=intervals.judge_sd(votes, len(scored_records)) if votes else None,
             mde=intervals.finite(
                 intervals.minimum_detectable_effect(worst, groups, paired=False, span=span)
             ),
         )
+    )
+
+
+def _judge_read_columns(item_scores: Sequence[strict.ItemScore]) -> dict[str, Any]:
+    """Return how many answers only a judge could read, and the value without these reads."""
+    read = [score.status == strict.JUDGE_READ for score in item_scores]
+    parsed = [0.0 if r else score.lower for r, score in zip(read, item_scores, strict=True)]
+    return dict(
+        n_judge_read=sum(read),
+        value_parsed=sum(parsed) / len(parsed) if any(read) else None,
     )
 
 
@@ -195,6 +208,8 @@ def _row_of_task(
             n_unscored=0,
             n_errors=errors,
             scored_only=interval.mean,
+            n_judge_read=0,
+            value_parsed=None,
             judge_sd=None,
             mde=None,
         )

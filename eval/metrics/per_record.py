@@ -4,7 +4,7 @@
     image_scores.jsonl  {id, scorer, fingerprint, ...}        one line per record and scorer
 
     family            metrics, those of a judge or scorer only where one is configured
-    vqa_closed        accuracy
+    vqa_closed        accuracy; a judge may read what cannot be parsed (config.judge.read_unparsed)
     vqa_mcq           accuracy
     vqa_open          judge_correct, exact, token_f1
     captioning        S_image_text, S_caption_caption, S_combined, S_recall_1, S_recall_5,
@@ -26,7 +26,7 @@ from typing import Any
 
 from medmax_jax.endpoints import egress, reasoning
 from medmax_jax.eval.config import EvalError
-from medmax_jax.eval.metrics import strict
+from medmax_jax.eval.metrics import answer_parser, strict
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.metrics.strict import ItemScore
 from medmax_jax.eval.stats import intervals
@@ -34,7 +34,8 @@ from medmax_jax.io import journal
 
 Record = Mapping[str, Any]
 JUDGMENTS, IMAGE_SCORES = "judgments.jsonl", "image_scores.jsonl"
-CORRECT, RELATIVE = "correct", "relative"
+CORRECT, RELATIVE, READ = "correct", "relative", "read"
+CLOSED_FAMILIES = ("vqa_closed", "vqa_mcq")  # families whose answers are parsed
 PAPER_OPEN, PAPER_RELATIVE = "paper_open", "paper_relative"
 PAIRWISE_FAMILIES = ("multimodal", "visual_chat")  # families that a judge compares with a reference
 RECALLS = (1, 5)
@@ -114,8 +115,8 @@ def answer_text(record: Record) -> str:
 def record_scores(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str, ItemScore]:
     """Return metric -> score of one record, the headline first; unscored where the model failed."""
     family, text, answer = record["family"], answer_text(record), record["answer"]
-    if family in ("vqa_closed", "vqa_mcq"):
-        scores = {"accuracy": _accuracy(record)}
+    if family in CLOSED_FAMILIES:
+        scores = {"accuracy": _accuracy(record, inputs)}
     elif family == "vqa_open":
         scores = _correctness_score(record, inputs)
         scores["exact"] = strict.scored(text_metrics.exact(text, answer))
@@ -146,14 +147,28 @@ def pairs(record: Record, inputs: ScoringInputs, kind: str) -> list[tuple[float,
     return [(a, b) for a, b in line["votes"]] if line else []
 
 
-def _accuracy(record: Record) -> ItemScore:
+def _accuracy(record: Record, inputs: ScoringInputs) -> ItemScore:
     text, answer, prompt = record["text"], record["answer"], record["prompt"]
+    score_of = strict.closed if record["family"] == "vqa_closed" else strict.choice
     try:
-        if record["family"] == "vqa_closed":
-            return strict.closed(text, answer, prompt)
-        return strict.choice(text, answer, prompt)
+        score = score_of(text, answer, prompt)
     except strict.StrictError as error:  # the row is invalid: report it after all others
         return strict.unscored(str(error))
+    stated = _judge_read(record, inputs) if score.status == strict.UNPARSED else None
+    if stated is None:
+        return score
+    return strict.read_by_judge(stated == strict.parse_answer(record["family"], answer, prompt))
+
+
+def _judge_read(record: Record, inputs: ScoringInputs) -> str | None:
+    """Return the answer that all votes of a judge read from a record; None: none, or several."""
+    line = inputs.judgments.get(READ, {}).get(record["id"])
+    votes = set(line["votes"]) if line else set()
+    if record["family"] == "vqa_closed":
+        possible = {"yes", "no"}
+    else:
+        possible = set(text_metrics.options(record["prompt"]) or answer_parser.LETTERS)
+    return votes.pop() if len(votes) == 1 and votes <= possible else None
 
 
 def _correctness_score(record: Record, inputs: ScoringInputs) -> dict[str, ItemScore]:

@@ -81,9 +81,10 @@ def compare(
     for name in shared:
         _check_same(sides[0].records[name], sides[1].records[name])
     left_out_scorers = _different_scorers(*(side.inputs for side in sides))
+    inputs, unread = _alike_reads(*(side.inputs for side in sides))
     scores = [
-        aggregate.scores_by_item([side.records[name] for name in shared], side.inputs)
-        for side in sides
+        aggregate.scores_by_item([side.records[name] for name in shared], side_inputs)
+        for side, side_inputs in zip(sides, inputs, strict=True)
     ]
     first_scores, second_scores = (_without(side, left_out_scorers) for side in scores)
     keys = [key for key in first_scores if key in second_scores]
@@ -100,7 +101,7 @@ def compare(
             row["p_holm"] = adjusted[row["task"]]
             row["claim"] = _verdict(row, names or (str(first), str(second)))
     suite = _suite(headlines, first_scores, second_scores, resampling=resampling)
-    left_out = _left_out(sides, shared, first_scores, second_scores)
+    left_out = _left_out(sides, shared, first_scores, second_scores) + unread
     return Comparison(rows=rows, suite=suite, left_out=left_out + list(left_out_scorers.values()))
 
 
@@ -225,6 +226,25 @@ def _different_scorers(
             prefix = f"{per_record.PREFIX[name]}_"
             reasons[prefix] = f"{prefix}*: the files of {name} differ between the sides"
     return reasons
+
+
+def _alike_reads(
+    first: per_record.ScoringInputs, second: per_record.ScoringInputs
+) -> tuple[list[per_record.ScoringInputs], list[str]]:
+    """Return inputs that have a judge's reads of unparsed answers on both sides, or on neither."""
+    sides = [first, second]
+    reads = [per_record.READ in side.judgments for side in sides]
+    if not any(reads) or (all(reads) and first.judge == second.judge):
+        return sides, []
+    without = [
+        {kind: lines for kind, lines in side.judgments.items() if kind != per_record.READ}
+        for side in sides
+    ]
+    inputs = [
+        dataclasses.replace(side, judgments=judgments)
+        for side, judgments in zip(sides, without, strict=True)
+    ]
+    return inputs, ["reads of a judge: not by the same judge on both sides, so unparsed here"]
 
 
 def _without(scores: Mapping, prefixes: Mapping[str, str]) -> dict:

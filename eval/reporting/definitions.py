@@ -52,6 +52,9 @@ COLUMNS: Mapping[str, str] = {
     "groups": "number of patients or volumes that the items are of",
     "value": "mean over the items; answers that cannot be parsed or scored count as wrong",
     "unparsed": METRICS["unparsed"],
+    "read by judge": "share of answers that cannot be parsed and from which the judge reads an "
+    "option; they count in the value",
+    "value, parsed only": "the value if the answers that only the judge can read were wrong",
     "95 % interval": "95 % confidence interval over groups; †: few groups, so approximate",
     "at best": "value if all unparsed and unscored answers were right; higher is better",
     "MDE": "minimum detectable effect: the smallest true difference from another model that an "

@@ -60,6 +60,8 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "value": row["value"],
             "95 % interval": interval(row),
             "unparsed": format_share(unparsed_share(row)),
+            "read by judge": format_share(judge_read_share(row)),
+            "value, parsed only": row.get("value_parsed"),
             "at best": row.get("best"),
             "MDE": row.get("mde"),
             "as released": row.get("paper"),
@@ -70,6 +72,11 @@ def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         for row in headlines(summary["scores"])
     ]
     return drop_empty_columns(rows)
+
+
+def judge_read_share(row: Row) -> float | None:
+    """Return the share of answers that only a judge could read; None where there are none."""
+    return row["n_judge_read"] / row["n"] if row.get("n_judge_read") else None
 
 
 def unparsed_share(row: Row) -> float | None:
