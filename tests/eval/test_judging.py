@@ -1,5 +1,6 @@
 """Records of a workdir with a server as judge: judged once, resumed, limited, scored both ways."""
 
+import dataclasses
 import json
 
 import eval_setup
@@ -10,6 +11,7 @@ from medmax_jax.endpoints import chat_api, egress
 from medmax_jax.eval.metrics import aggregate, llm_judge, per_record, release
 from medmax_jax.eval.pipeline import judging
 from medmax_jax.eval.reporting import item_browser, tables
+from medmax_jax.eval.results import MetricRow, Summary
 from medmax_jax.eval.stats.intervals import Resampling
 
 
@@ -38,7 +40,7 @@ def rows(records, workdir):
     result = aggregate.summary(
         records, per_record.read(workdir), mode="strict", resampling=Resampling(0, 2_000)
     )
-    return {(row["task"], row["metric"]): row for row in result}
+    return {(row.task, row.metric): vars(row) for row in result}
 
 
 def test_every_kind_is_judged_once_and_scored_both_ways(tmp_path):
@@ -71,7 +73,7 @@ def test_every_kind_is_judged_once_and_scored_both_ways(tmp_path):
 
 
 def test_after_a_kill_only_missing_judgments_are_requested(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:3]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:3]
     with serving(eval_setup.judge) as llm:
         judge_all(a_judge(llm.url), records, tmp_path)
         requested = len(llm.requests)
@@ -85,7 +87,7 @@ def test_after_a_kill_only_missing_judgments_are_requested(tmp_path):
 
 
 def test_answers_without_votes_are_requested_again(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:2]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:2]
     state = {"up": False}
 
     def behave(request, n):
@@ -110,7 +112,7 @@ def test_answers_without_votes_are_requested_again(tmp_path):
 )
 def test_failing_replies_leave_the_answer_unscored(tmp_path, trouble):
     """The requests of the first answer always fail, the others are judged."""
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:3]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:3]
 
     def behave(request, n):
         said = json.loads(request["messages"][1]["content"])["answer"]
@@ -124,7 +126,7 @@ def test_failing_replies_leave_the_answer_unscored(tmp_path, trouble):
 
 
 def test_timeouts(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:2]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:2]
 
     def behave(request, n):
         first = json.loads(request["messages"][1]["content"])["answer"] == "A CT."
@@ -142,8 +144,8 @@ def test_timeouts(tmp_path):
 )
 def test_verdicts_inside_answers_do_not_count(tmp_path, answer):
     """A judge repeats the answer: strict mode accepts no verdict of it, the paper does."""
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:2]
-    records[0]["text"] = answer
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:2]
+    records[0] = dataclasses.replace(records[0], text=answer)
 
     def parrot(request, n):
         if answer.lower()[:20] not in json.dumps(request).lower().replace('\\\\\\"', '"'):
@@ -170,13 +172,13 @@ def test_a_limit_holds_over_runs(tmp_path):
         assert not llm.requests
         summary = judge_all(a_judge(llm.url, max_usd=1.0, **prices), records, tmp_path)
         assert summary["usd"] == pytest.approx(2e-4 * len(llm.requests))
-        other_records = [r | {"id": r["id"] + "x", "text": "Else."} for r in records]
+        other_records = [dataclasses.replace(r, id=r.id + "x", text="Else.") for r in records]
         with pytest.raises(llm_judge.JudgeError, match=f"{summary['usd']:.4f} of it is spent"):
             judge_all(a_judge(llm.url, max_usd=summary["usd"], **prices), other_records, tmp_path)
 
 
 def test_stopped_before_the_end(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"]
     with serving(eval_setup.judge) as llm:
         summary = judge_all(
             a_judge(llm.url), records, tmp_path, stopped=lambda: len(llm.requests) >= 1
@@ -187,11 +189,11 @@ def test_stopped_before_the_end(tmp_path):
 
 
 def test_another_answer_is_not_judged_by_the_old_verdict(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:1]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:1]
     with serving(eval_setup.judge) as llm:
         judge_all(a_judge(llm.url), records, tmp_path)
         with pytest.raises(llm_judge.JudgeError, match="judged on another answer"):
-            judge_all(a_judge(llm.url), [records[0] | {"text": "An MRI."}], tmp_path)
+            judge_all(a_judge(llm.url), [dataclasses.replace(records[0], text="An MRI.")], tmp_path)
 
 
 def test_credentialed_texts_are_not_sent(tmp_path):
@@ -224,8 +226,8 @@ def test_the_judge_receives_the_prompt_of_the_model_and_not_its_name(tmp_path):
         prompt=release.DETAILED,
         context="Figure 1: a CT",
     )
-    record = eval_setup.record(item, "An MRI.", model="secret-name")
-    record["released"] = [["prompt", "Describe it.\n<image>"], ["fig_caption", "a CT"]]
+    released = (("prompt", "Describe it.\n<image>"), ("fig_caption", "a CT"))
+    record = eval_setup.record(item, "An MRI.", model="secret-name", released=released)
     with serving(eval_setup.judge) as llm:
         judge_all(a_judge(llm.url, repeats=1), [record], tmp_path)
     ours = [r for r in llm.requests if r["messages"][0]["content"].startswith("You ")]
@@ -243,7 +245,7 @@ def test_the_judge_receives_the_prompt_of_the_model_and_not_its_name(tmp_path):
 def test_tasks_without_a_judge_are_named(tmp_path):
     records = eval_setup.records(tmp_path)
     result = aggregate.summary(records, mode="strict", resampling=Resampling(0, 2_000))
-    assert not any(row["metric"].startswith("judge") for row in result)
+    assert not any(row.metric.startswith("judge") for row in result)
     named = ["slake_open", "visual_chat_conversation", "multimodal"]
     assert aggregate.not_judged(records) == named
 
@@ -280,13 +282,16 @@ def test_a_judge_reads_only_what_cannot_be_parsed(tmp_path):
     assert summary["judged"] == {"read": 5} and calls == 10
     assert all(set(request) == {"case", "question", "answer"} for request in requests)
     assert {r["question"] for r in requests} == {MCQ, "Is there an effusion?"}
-    table = rows(records, tmp_path)
+    table = {key: MetricRow.from_json(row) for key, row in rows(records, tmp_path).items()}
     mcq, closed = table["vqa_mcq_task", "accuracy"], table["vqa_closed_task", "accuracy"]
-    assert (mcq["n"], mcq["n_judge_read"], mcq["n_unparsed"]) == (4, 2, 1)
-    assert mcq["value"] == 2 / 4 and mcq["value_parsed"] == 1 / 4 and mcq["best"] == 3 / 4
-    assert (closed["n_judge_read"], closed["n_unparsed"]) == (1, 3)
-    assert closed["value"] == 2 / 5 and closed["value_parsed"] == 1 / 5
-    main = {row["task"]: row for row in tables.main_table({"scores": list(table.values())})}
+    assert (mcq.n, mcq.n_judge_read, mcq.n_unparsed) == (4, 2, 1)
+    assert mcq.value == 2 / 4 and mcq.value_parsed == 1 / 4 and mcq.best == 3 / 4
+    assert (closed.n_judge_read, closed.n_unparsed) == (1, 3)
+    assert closed.value == 2 / 5 and closed.value_parsed == 1 / 5
+    main = {
+        row["task"]: row
+        for row in tables.main_table(Summary(model="m", scores=tuple(table.values())))
+    }
     assert main["vqa_mcq_task"]["read by judge"] == "50.0%"
     assert main["vqa_mcq_task"]["value, parsed only"] == 1 / 4
     inputs = per_record.read(tmp_path)
@@ -307,8 +312,8 @@ def test_votes_that_differ_or_name_no_option_leave_an_answer_unparsed(tmp_path):
 
     with serving(behave) as llm:
         judge_all(a_judge(llm.url, read_unparsed=True), records, tmp_path, released=False)
-    row = rows(records, tmp_path)["vqa_mcq_task", "accuracy"]
-    assert (row["n_judge_read"], row["n_unparsed"], row["value_parsed"]) == (0, 2, None)
+    row = MetricRow.from_json(rows(records, tmp_path)["vqa_mcq_task", "accuracy"])
+    assert (row.n_judge_read, row.n_unparsed, row.value_parsed) == (0, 2, None)
 
 
 @pytest.mark.parametrize(
