@@ -87,7 +87,7 @@ _NAME_BEFORE = re.compile(  # names that end in a letter: "vitamin D", "Stanford
     re.IGNORECASE,
 )
 _NAME_AFTER = re.compile(
-    r"[)\]\"']*\s+in the (?:figure|image|picture|photograph|panel|legend)\b"
+    r"[)\]\"']*\s+in the (?:figure|images?|photograph|panel|legend)\b"
     r"|\s+(?:cells?|lines?|mode|waves?|lymphocytes?|symptoms?|arm|section|dimers?|virus|scan|"
     r"fibers?)\b"
     r"|\.\s?[a-z]{3,}|\.[A-Z]\b",

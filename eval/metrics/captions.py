@@ -6,7 +6,7 @@
 
     "no effusion is seen" against "no pleural effusion is seen": 1-grams 4 of 4, 2-grams 2 of 3, ...
 
-METRICS_NOT_RUN are those that need weights or data beside their package; the page names them.
+METRICS_NOT_RUN are those that need weights or data in addition to their package.
 """
 
 import collections
