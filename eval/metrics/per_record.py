@@ -25,9 +25,10 @@ from pathlib import Path
 
 from medmax_jax.endpoints import reasoning
 from medmax_jax.eval.config import EvalError
-from medmax_jax.eval.metrics import answer_parser, strict
+from medmax_jax.eval.metrics import strict
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.metrics.strict import ItemScore
+from medmax_jax.eval.parsing import answer_parser
 from medmax_jax.eval.records import EvalRecord
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import journal

@@ -14,8 +14,8 @@ import re
 from collections.abc import Hashable, Sequence
 
 from medmax_jax.endpoints import reasoning
-from medmax_jax.eval.metrics import answer_parser, yes_no_parser
 from medmax_jax.eval.metrics import text as text_metrics
+from medmax_jax.eval.parsing import answer_parser, yes_no_parser
 
 SCORED, UNPARSED, UNSCORED = "scored", "unparsed", "unscored"
 JUDGE_READ = "read by judge"

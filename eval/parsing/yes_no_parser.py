@@ -15,8 +15,8 @@ import re
 from collections import Counter
 
 from medmax_jax.endpoints import reasoning
-from medmax_jax.eval.metrics import answer_context as context
-from medmax_jax.eval.metrics.answer_context import ANSWER, END_ANSWER
+from medmax_jax.eval.parsing import answer_context as context
+from medmax_jax.eval.parsing.answer_context import ANSWER, END_ANSWER
 
 AMBIGUOUS = "?"
 YES, NO = "yes", "no"

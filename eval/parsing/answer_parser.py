@@ -8,7 +8,7 @@
        mentioned             complete text is there
 
 A wrong parse is worse than none: a phrase that the answer denies, asks about or assumes
-(eval/metrics/answer_context.py) is never read, several candidates at one level are not decided by
+(eval/parsing/answer_context.py) is never read, several candidates at one level are not decided by
 the next
 level, and the article "a" and letters of other names (hepatitis B, Kerley B lines) are no letters.
 Reasoning text is left out first (medmax_jax/endpoints/reasoning.py).
@@ -20,9 +20,9 @@ import re
 from collections.abc import Mapping
 
 from medmax_jax.endpoints import reasoning
-from medmax_jax.eval.metrics import answer_context as context
-from medmax_jax.eval.metrics import option_words, yes_no_parser
-from medmax_jax.eval.metrics.answer_context import ANSWER, END_ANSWER
+from medmax_jax.eval.parsing import answer_context as context
+from medmax_jax.eval.parsing import option_words, yes_no_parser
+from medmax_jax.eval.parsing.answer_context import ANSWER, END_ANSWER
 
 LETTERS = "ABCDEFGHIJ"  # of options that cannot be read from the question
 AMBIGUOUS = "?"

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from medmax_jax.eval.metrics import answer_context as context
+from medmax_jax.eval.parsing import answer_context as context
 
 _QUANTITY = re.compile(  # "2 cm", "5 years": a measurement, not the option "2"
     r"\s*(?:-\s*)?(?:[cm]?m|%|°|kg|g|mg|ml|l|hu|t|tesla|kv|years?|months?|weeks?|days?|hours?|"

@@ -1,0 +1,1 @@
+"""Parsing of options, and of yes and no, from answers."""
