@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     config.judge.seed = 0  # of the votes
     config.judge.tokens_out = 200  # of a reply, for the price estimate
     config.judge.paper = False  # True: also use the release's messages, for its score
+    config.judge.read_unparsed = False  # True: also let it read closed answers that are unparsed
     config.judge.service = service()  # request settings of the judge
     config.service = service()  # request settings of a model, for --model=endpoint:NAME@URL
     # Concurrent text answers, a third as many with images. A KV-cache slot of 7B in bf16 is 0.5 MiB

@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
             seed=0,
             tokens_out=200,  # of a reply, for the estimate
             paper=False,  # also use the release's messages, for the score of the paper
+            read_unparsed=False,  # also let it read closed answers that cannot be parsed
             service=service(),
         )
     )

@@ -13,7 +13,7 @@ from typing import Any
 from medmax_jax import arguments
 from medmax_jax.environment import environment
 from medmax_jax.eval.reporting import page
-from medmax_jax.eval.reporting.comparison import compare, render
+from medmax_jax.eval.reporting.comparison import compare, printed, render
 from medmax_jax.eval.results import SUMMARY, read_summary
 from medmax_jax.io import journal
 from medmax_jax.io.errors import printable_text
@@ -59,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(comparison)))
         return 0
-    lines = [page.markdown(comparison.rows), "Mean over the headline scores of the tasks:\n"]
+    lines = [
+        page.markdown(printed(comparison.rows)),
+        "Mean over the headline scores of the tasks:\n",
+    ]
     lines.append(page.markdown([comparison.suite]))
     lines += [f"left out: {line}" for line in comparison.left_out]
     lines += [f"page: {work.url(PAGE)}"] if args.workdir else []

@@ -59,8 +59,8 @@ class Service:
 class JudgeSettings:
     """Configures the judge, MODEL@URL; "" for none.
 
-    `paper`: also judge with the messages of the MedMax release. The other fields:
-    eval/metrics/llm_judge.py.
+    `paper`: also judge with the messages of the MedMax release. `read_unparsed`: also read the
+    answers that cannot be parsed. The other fields: eval/metrics/llm_judge.py.
     """
 
     endpoint: str
@@ -69,6 +69,7 @@ class JudgeSettings:
     seed: int
     tokens_out: int
     paper: bool
+    read_unparsed: bool
     service: Service
 
 

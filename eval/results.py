@@ -23,11 +23,12 @@ class MetricRow:
     """Holds one metric of one task.
 
     value: what could not be parsed or judged counts as wrong, in `best` as right; `scored_only` is
-    the value if it were dropped. ci_low, ci_high: the 95 % interval over groups, None with one
-    group. mde: minimum detectable effect. paper, paper_n, paper_why: the score of the MedMax
-    release. own, own_n: that of the benchmark's own rule, and of how many answers. headline: the
-    first metric of a task. baseline: the best one, and its name. judge_sd: the spread over repeated
-    judging. mean_of_ratios, win, tie, loss: of a judge's comparisons.
+    the value if it were dropped. n_judge_read: answers that only a judge could read; value_parsed:
+    the value with these wrong, None where there are none. ci_low, ci_high: the 95 % interval over
+    groups, None with one group. mde: minimum detectable effect. paper, paper_n, paper_why: the
+    score of the MedMax release. own, own_n: that of the benchmark's own rule, and of how many
+    answers. headline: the first metric of a task. baseline: the best one, and its name. judge_sd:
+    the spread over repeated judging. mean_of_ratios, win, tie, loss: of a judge's comparisons.
     """
 
     task: str
@@ -45,6 +46,8 @@ class MetricRow:
     n_unscored: int | None = None
     n_errors: int | None = None
     scored_only: float | None = None
+    n_judge_read: int = 0
+    value_parsed: float | None = None
     judge_sd: float | None = None
     mde: float | None = None
     mean_of_ratios: float | None = None

@@ -2,9 +2,8 @@
 
 aggregate       Aggregates records into rows per task and metric: values, intervals, the MedMax
                 release's score.
-answer_context  Prepares an answer for parsing, and finds what denies or hedges a phrase of it.
-answer_parser   Parses which option, or which of yes and no, an answer states; None where it states
-                none.
+captions        Computes the metrics of captions and reports that are not a mean of each answer's
+                own score.
 embeddings      Scores embeddings: unit rows [n, E] of images and texts in one space.
 image_sets      Scores complete image sets with intervals over groups: KID's MMD^2, and diversity.
 llm_judge       Judges answers with a language model: several votes, both orders, tagged verdicts.
@@ -14,5 +13,4 @@ release         Reproduces the scoring of the MedMax release (its evaluation/ at
                 included.
 strict          Scores one answer strictly; totals drop no answer and guess no verdict.
 text            Scores one answer against one reference, and reads the options of a question.
-yes_no_parser   Parses which of yes and no an answer states; None where it states neither, or both.
 """

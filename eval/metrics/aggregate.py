@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medmax_jax.eval.metrics import per_record, question_sets, release, strict
+from medmax_jax.eval.metrics import captions, per_record, question_sets, release, strict
 from medmax_jax.eval.metrics.per_record import NO_INPUTS, ScoringInputs
 from medmax_jax.eval.metrics.strict import ItemScore
 from medmax_jax.eval.records import EvalRecord
@@ -66,6 +66,7 @@ def summary(
                     task_records, inputs, card.sets
                 ).items()
             ]
+        task_rows += caption_rows(task_records, resampling=resampling)
         headline = task_rows[0].metric if task_rows else ""
         own_by_metric = question_sets.own_scores(card, task_records, headline)
         # Those of another benchmark's own code take the place of the MedMax release's.
@@ -135,8 +136,19 @@ def metric_row(
         n_unscored=total.n_unscored,
         n_errors=sum(bool(r.error) for r, _ in scored_records),
         scored_only=total.scored_only,
+        **_judge_read_columns(item_scores),
         judge_sd=intervals.judge_sd(votes, len(scored_records)) if votes else None,
         mde=intervals.finite(mde),
+    )
+
+
+def _judge_read_columns(item_scores: Sequence[strict.ItemScore]) -> dict[str, Any]:
+    """Return how many answers only a judge could read, and the value without these reads."""
+    read = [score.status == strict.JUDGE_READ for score in item_scores]
+    parsed = [0.0 if r else score.lower for r, score in zip(read, item_scores, strict=True)]
+    return dict(
+        n_judge_read=sum(read),
+        value_parsed=sum(parsed) / len(parsed) if any(read) else None,
     )
 
 
@@ -162,20 +174,53 @@ def relative_score_row(
         resampling=resampling,
         span=(strict.MIN_SCORE / strict.MAX_SCORE, strict.MAX_SCORE / strict.MIN_SCORE),
     )
-    return [
-        MetricRow(
-            task=records[0].task,
-            family=records[0].family,
-            metric="judge_relative",
-            **interval.row(),
-            best=comparison["best"],
-            n_unparsed=0,
-            n_unscored=comparison["n_unscored"],
-            n_errors=sum(bool(r.error) for r in records),
-            scored_only=comparison["ratio_of_means"],
-            **{name: comparison[name] for name in ("mean_of_ratios", "win", "tie", "loss")},
+    row = dataclasses.replace(
+        _row_of_task("judge_relative", interval, records),
+        best=comparison["best"],
+        n_unscored=comparison["n_unscored"],
+        scored_only=comparison["ratio_of_means"],
+        **{name: comparison[name] for name in ("mean_of_ratios", "win", "tie", "loss")},
+    )
+    return [row]
+
+
+def caption_rows(
+    records: Sequence[EvalRecord], *, resampling: intervals.Resampling
+) -> list[MetricRow]:
+    """Return BLEU and CIDEr-D of a captioning task; a failed answer is an empty one."""
+    if records[0].family != "captioning":
+        return []
+    answers = ["" if r.error else per_record.answer_text(r) for r in records]
+    references, groups = [r.answer for r in records], [r.group for r in records]
+    by_metric = {}
+    if captions.has_bleu():
+        by_metric["bleu"] = captions.bleu_interval(
+            answers, references, groups, resampling=resampling
         )
-    ]
+    by_metric["cider"] = intervals.mean_interval(
+        captions.cider(answers, references),
+        groups,
+        resampling=resampling,
+        span=captions.CIDER_SPAN,
+    )
+    return [_row_of_task(metric, interval, records) for metric, interval in by_metric.items()]
+
+
+def _row_of_task(
+    metric: str, interval: intervals.Interval, records: Sequence[EvalRecord]
+) -> MetricRow:
+    """Return the row of a number that is of all records of a task together."""
+    return MetricRow(
+        task=records[0].task,
+        family=records[0].family,
+        metric=metric,
+        **interval.row(),
+        best=interval.mean,
+        n_unparsed=0,
+        n_unscored=0,
+        n_errors=sum(bool(r.error) for r in records),
+        scored_only=interval.mean,
+    )
 
 
 def scores(

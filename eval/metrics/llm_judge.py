@@ -22,7 +22,7 @@ from medmax_jax.endpoints import cached_chat_api, egress, reasoning
 from medmax_jax.endpoints.chat_api import Endpoint, Messages, Reply, TransientError, cost
 
 FOLDER = Path(__file__).parents[1] / "prompts"
-CORRECT, RELATIVE = "judge_correct", "judge_relative"
+CORRECT, RELATIVE, READ = "judge_correct", "judge_relative", "judge_read"
 NOT_REQUESTED = "not requested: stopped, or max_usd is spent"
 READ_CHARS = 20_000  # of the end of a reply, where the verdict is
 MIN_SCORE, MAX_SCORE = 1, 10  # of a comparison
@@ -30,6 +30,7 @@ MIN_SCORE, MAX_SCORE = 1, 10  # of a comparison
 _UNPINNED = re.compile(
     r"(?:chatgpt|gpt-(?!oss)|o\d)(?!.*\d{4}-?\d{2}-?\d{2}$)(?!.*-\d{4}$)|.*latest$"
 )
+_STATED = re.compile("[A-Z]|yes|no|none")
 
 Progress = Callable[[str], None]
 
@@ -43,7 +44,7 @@ class Judge:
     """Configures the judge and its repeats. `attempts`: calls per vote until a reply is readable.
 
     `max_usd`: no call begins once this amount is spent; None for no limit. `tokens_out`: of a
-    reply, for the estimate.
+    reply, for the estimate. `read_unparsed`: it also reads the answers that cannot be parsed.
     """
 
     endpoint: Endpoint
@@ -53,6 +54,7 @@ class Judge:
     seed: int
     max_usd: float | None
     tokens_out: int
+    read_unparsed: bool = False
 
     def __post_init__(self):
         for name in ("repeats", "attempts", "concurrency", "tokens_out"):
@@ -85,6 +87,7 @@ class Judge:
         """
         facts = [self.endpoint.model, dict(self.endpoint.parameters), self.repeats, self.seed]
         facts += [_prompt(CORRECT), _prompt(RELATIVE)]
+        facts += [_prompt(READ)] if self.read_unparsed else []
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -102,7 +105,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judgment:
-    """Holds the votes on one case: 0 or 1, or (reference, answer) scores; None: see `why`."""
+    """Holds the votes on one case: 0 or 1, (reference, answer) scores, or what it states.
+
+    Without votes: see `why`.
+    """
 
     id: str
     votes: tuple
@@ -143,6 +149,21 @@ def relative(
     return _collect_votes(judge, RELATIVE, cases, cache, stopped, progress)
 
 
+def read(
+    judge: Judge,
+    cases: Sequence[Case],
+    cache: cached_chat_api.Cache,
+    *,
+    stopped: Callable[[], bool],
+    progress: Progress,
+) -> tuple[list[Judgment], Usage]:
+    """Return `repeats` votes per case: the letter it states, "yes", "no" or "none".
+
+    The judge is not shown the reference.
+    """
+    return _collect_votes(judge, READ, cases, cache, stopped, progress)
+
+
 def estimate(
     judge: Judge, kind: str, cases: Sequence[Case], cache: cached_chat_api.Cache | None
 ) -> dict[str, Any]:
@@ -157,8 +178,10 @@ def estimate(
     return total | {"usd": cost(judge.endpoint, total["tokens_in"], total["tokens_out"])}
 
 
-def parse_verdict(kind: str, text: str, tag: str) -> float | tuple[float, float] | None:
-    """Return the last tagged verdict of a reply: 0 or 1, or (first, second); None without one.
+def parse_verdict(kind: str, text: str, tag: str) -> float | tuple[float, float] | str | None:
+    """Return the last tagged verdict of a reply: 0 or 1, (first, second), or what is stated.
+
+    None without one.
 
     A verdict inside the reasoning of a reasoning model does not count.
     """
@@ -169,6 +192,8 @@ def parse_verdict(kind: str, text: str, tag: str) -> float | tuple[float, float]
             continue
         if kind == CORRECT and isinstance(candidate.get("correct"), bool):
             verdict = float(candidate["correct"])
+        elif kind == READ and _STATED.fullmatch(str(candidate.get("states"))):
+            verdict = candidate["states"]
         elif kind == RELATIVE and all(
             _is_score(candidate.get(name)) for name in ("first", "second")
         ):
@@ -181,6 +206,8 @@ def messages(kind: str, case: Case, *, swapped: bool) -> tuple[Messages, str]:
     fields: dict[str, str] = {"question": case.question}
     if kind == CORRECT:
         fields |= {"reference": case.reference, "answer": case.answer}
+    elif kind == READ:
+        fields |= {"answer": case.answer}
     else:
         both = [case.reference, case.answer]
         first, second = reversed(both) if swapped else both
@@ -243,7 +270,7 @@ class _VotingRun:
 
     def result(self, index: int) -> Judgment:
         in_order = self.votes.get((index, False), {})
-        if self.kind == CORRECT:
+        if self.kind != RELATIVE:
             votes = tuple(in_order.values())
         else:
             in_reverse = self.votes.get((index, True), {})

@@ -4,7 +4,7 @@
     image_scores.jsonl  {id, scorer, fingerprint, ...}        one line per record and scorer
 
     family            metrics, those of a judge or scorer only where one is configured
-    vqa_closed        accuracy
+    vqa_closed        accuracy; a judge may read what cannot be parsed (config.judge.read_unparsed)
     vqa_mcq           accuracy
     vqa_rationale     accuracy, rationale_rouge_l
     vqa_open          judge_correct, exact, token_f1
@@ -34,13 +34,15 @@ from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import full_reference, strict
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.metrics.strict import ItemScore
+from medmax_jax.eval.parsing import answer_parser
 from medmax_jax.eval.records import EvalRecord
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import journal
 
 JUDGMENTS, IMAGE_SCORES = "judgments.jsonl", "image_scores.jsonl"
 REFERENCE_SCORES = "reference_scores.jsonl"  # PSNR and SSIM
-CORRECT, RELATIVE = "correct", "relative"
+CORRECT, RELATIVE, READ = "correct", "relative", "read"
+CLOSED_FAMILIES = ("vqa_closed", "vqa_mcq", "vqa_rationale")  # families whose answers are parsed
 PAPER_OPEN, PAPER_RELATIVE = "paper_open", "paper_relative"
 PAIRWISE_FAMILIES = ("multimodal", "visual_chat")  # families that a judge compares with a reference
 RECALLS = (1, 5)
@@ -133,14 +135,13 @@ def rationale_of(text: str) -> str:
 def record_scores(record: EvalRecord, inputs: ScoringInputs = NO_INPUTS) -> dict[str, ItemScore]:
     """Return metric -> score of one record, the headline first; unscored where the model failed."""
     family, text, answer = record.family, answer_text(record), record.answer
-    if family in ("vqa_closed", "vqa_mcq"):
-        scores = {"accuracy": _accuracy(record)}
+    if family in CLOSED_FAMILIES:
+        scores = {"accuracy": _accuracy(record, inputs)}
+        if family == "vqa_rationale":
+            rationale = text_metrics.rouge_l(rationale_of(text), record.context)
+            scores["rationale_rouge_l"] = strict.scored(rationale)
     elif family == "vqa_numeric":
         scores = _numeric_scores(record)
-    elif family == "vqa_rationale":
-        scores = {"accuracy": _accuracy(record)}
-        rationale = text_metrics.rouge_l(rationale_of(text), record.context)
-        scores["rationale_rouge_l"] = strict.scored(rationale)
     elif family == "vqa_open":
         scores = _correctness_score(record, inputs)
         scores["exact"] = strict.scored(text_metrics.exact(text, answer))
@@ -177,14 +178,28 @@ def pairs(record: EvalRecord, inputs: ScoringInputs, kind: str) -> list[tuple[fl
     return [(a, b) for a, b in line["votes"]] if line else []
 
 
-def _accuracy(record: EvalRecord) -> ItemScore:
-    text, answer, prompt = record.text, record.answer, record.prompt
+def _accuracy(record: EvalRecord, inputs: ScoringInputs) -> ItemScore:
+    score_of = strict.closed if record.family == "vqa_closed" else strict.choice
     try:
-        if record.family == "vqa_closed":
-            return strict.closed(text, answer, prompt)
-        return strict.choice(text, answer, prompt)
+        score = score_of(record.text, record.answer, record.prompt)
     except strict.StrictError as error:  # the row is invalid: report it after all others
         return strict.unscored(str(error))
+    stated = _judge_read(record, inputs) if score.status == strict.UNPARSED else None
+    if stated is None:
+        return score
+    expected = strict.parse_answer(record.family, record.answer, record.prompt)
+    return strict.read_by_judge(stated == expected)
+
+
+def _judge_read(record: EvalRecord, inputs: ScoringInputs) -> str | None:
+    """Return the answer that all votes of a judge read from a record; None: none, or several."""
+    line = inputs.judgments.get(READ, {}).get(record.id)
+    votes = set(line["votes"]) if line else set()
+    if record.family == "vqa_closed":
+        possible = {"yes", "no"}
+    else:
+        possible = set(text_metrics.options(record.prompt) or answer_parser.LETTERS)
+    return votes.pop() if len(votes) == 1 and votes <= possible else None
 
 
 def _numeric_scores(record: EvalRecord) -> dict[str, ItemScore]:

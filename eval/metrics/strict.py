@@ -3,6 +3,7 @@
 scored     the answer states something that can be compared with the reference
 unparsed   the model's answer cannot be parsed: wrong, and at best right
 unscored   the judge or the scorer failed, not the model: counted as worst, and at best right
+read by judge  cannot be parsed, and all votes of a judge agree on what it states: scored
 
 value      unparsed and unscored at their worst  ]  the truth is between `value` and `best`;
 best       unparsed and unscored at their best   ]  `scored_only` is the value if they are dropped
@@ -14,10 +15,11 @@ import re
 from collections.abc import Hashable, Sequence
 
 from medmax_jax.endpoints import reasoning
-from medmax_jax.eval.metrics import answer_parser, yes_no_parser
 from medmax_jax.eval.metrics import text as text_metrics
+from medmax_jax.eval.parsing import answer_parser, yes_no_parser
 
 SCORED, UNPARSED, UNSCORED = "scored", "unparsed", "unscored"
+JUDGE_READ = "read by judge"
 MIN_SCORE, MAX_SCORE = 1.0, 10.0  # the range of a judge's score in a comparison
 
 # Not a digit of a word or a unit: T2, cm3, mm^2.
@@ -33,7 +35,7 @@ class StrictError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ItemScore:
-    """Holds the score of one answer; `value` is None unless it is scored.
+    """Holds the score of one answer; `value` is None where it is unparsed or unscored.
 
     `low`, `high`: the possible range of an unscored value.
     """
@@ -68,6 +70,11 @@ class Total:
 def scored(value: float) -> ItemScore:
     """Return the score of a known value."""
     return ItemScore(status=SCORED, value=float(value), low=float(value), high=float(value))
+
+
+def read_by_judge(value: float) -> ItemScore:
+    """Return the score of an answer that only a judge could read."""
+    return dataclasses.replace(scored(value), status=JUDGE_READ)
 
 
 def unparsed(why: str) -> ItemScore:

@@ -10,8 +10,8 @@
 
 `tokens` are of this project (no articles, numbers with decimals, "x-ray" is two), so exact and
 token_f1 are not those of SQuAD's script, which joins "x-ray" to one. Only rouge_l has other tokens.
-The parsers of options and of yes and no are eval/metrics/answer_parser.py and
-eval/metrics/yes_no_parser.py.
+The parsers of options and of yes and no are eval/parsing/answer_parser.py and
+eval/parsing/yes_no_parser.py.
 """
 
 import re

@@ -138,7 +138,8 @@ def _judge_cost(settings: Settings, eval_set: EvalSet, items: Sequence[Item]) ->
     """Return judge calls if each first reply is readable, and USD at most for full answers."""
     if not settings.judge.endpoint:
         return dict(judge_calls=0, judge_usd=None)
-    judged_items = [item for item in items if item.family in judging.JUDGED_FAMILIES]
+    judge = judging.make_judge(settings.judge)
+    judged_items = [item for item in items if item.family in judging.judged_families(judge)]
     requests = _requests(settings, eval_set, judged_items)
     records = [
         EvalRecord.of(
@@ -146,7 +147,6 @@ def _judge_cost(settings: Settings, eval_set: EvalSet, items: Sequence[Item]) ->
         )
         for item, request in zip(judged_items, requests, strict=True)
     ]
-    judge = judging.make_judge(settings.judge)
     estimate = judging.estimate(judge, records, released=settings.judge.paper)
     return dict(judge_calls=estimate["calls"], judge_usd=estimate["usd"])
 

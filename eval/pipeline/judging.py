@@ -5,6 +5,7 @@
                      chat, interleaved      relative        /   with what the model was shown
                      open answers           paper_open      \\  the release's own messages, one call
                      chat, interleaved      paper_relative  /   at the endpoint's own temperature
+                     unparsed answers       read       \\  with judge.read_unparsed: what it states
                   -> medmax_jax/endpoints/cached_chat_api.py (guard, judge_calls.jsonl) ->
                   judgments.jsonl
 
@@ -33,8 +34,15 @@ from medmax_jax.endpoints.chat_api import (
     variable,
 )
 from medmax_jax.eval.config import JudgeSettings
-from medmax_jax.eval.metrics import llm_judge, per_record, release
-from medmax_jax.eval.metrics.per_record import CORRECT, PAPER_OPEN, PAPER_RELATIVE, RELATIVE
+from medmax_jax.eval.metrics import llm_judge, per_record, release, strict
+from medmax_jax.eval.metrics.per_record import (
+    CLOSED_FAMILIES,
+    CORRECT,
+    PAPER_OPEN,
+    PAPER_RELATIVE,
+    READ,
+    RELATIVE,
+)
 from medmax_jax.eval.models.endpoint import make_endpoint
 from medmax_jax.eval.pipeline import inference
 from medmax_jax.eval.records import EvalRecord, Item, is_credentialed, read_records
@@ -42,7 +50,8 @@ from medmax_jax.io import journal as io_journal
 from medmax_jax.io.journal import open_journal
 
 CALLS, RECORDS = "judge_calls.jsonl", "records.jsonl"
-KINDS = {CORRECT: llm_judge.CORRECT, RELATIVE: llm_judge.RELATIVE}
+KINDS = {CORRECT: llm_judge.CORRECT, RELATIVE: llm_judge.RELATIVE, READ: llm_judge.READ}
+VOTES = {CORRECT: llm_judge.correctness, RELATIVE: llm_judge.relative, READ: llm_judge.read}
 JUDGED_FAMILIES = ("vqa_open", *per_record.PAIRWISE_FAMILIES)  # families
 IMAGE_MARK = "<image>"  # where a row places its image; not part of the question's text
 Progress = Callable[[str], None]
@@ -66,13 +75,19 @@ def make_judge(settings: JudgeSettings) -> llm_judge.Judge:
         seed=settings.seed,
         max_usd=settings.service.max_usd,
         tokens_out=settings.tokens_out,
+        read_unparsed=settings.read_unparsed,
     )
+
+
+def judged_families(judge: llm_judge.Judge) -> tuple[str, ...]:
+    """Return the families whose answers the judge may receive."""
+    return JUDGED_FAMILIES + (CLOSED_FAMILIES if judge.read_unparsed else ())
 
 
 def check_hosts(judge: llm_judge.Judge, items: Sequence[Item]) -> None:
     """Raise OutgoingError where answers to the items may not go to the judge."""
     data_class = egress.strictest(
-        item.data_class for item in items if item.family in JUDGED_FAMILIES
+        item.data_class for item in items if item.family in judged_families(judge)
     )
     egress.check(judge.endpoint.url, data_class, listed=judge.endpoint.listed)
 
@@ -94,7 +109,7 @@ def check_judge(settings: JudgeSettings, items: Sequence[Item], workdir: Path) -
     judge = make_judge(settings)
     check_hosts(judge, items)
     per_record.check_names(workdir.glob("*.jsonl"))
-    items = [item for item in items if item.family in JUDGED_FAMILIES]
+    items = [item for item in items if item.family in judged_families(judge)]
     records = {
         record.id: record
         for path in inference.shard_files(workdir / RECORDS)
@@ -143,7 +158,7 @@ def judge_records(
             new = [row for row in rows if judgments.get((row["id"], kind, row["judge"])) != row]
             lines.append(*new)
             judgments |= {(row["id"], kind, row["judge"]): row for row in new}
-    by_kind = _records_by_kind(records, released)
+    by_kind = _records_by_kind(judge, records, released)
     counts = {
         kind: sum(bool(judgments[r.id, kind, judge.fingerprint]["votes"]) for r in kind_records)
         for kind, kind_records in by_kind.items()
@@ -195,13 +210,25 @@ def paper_messages(record: EvalRecord, model: str) -> list[dict[str, str]]:
     return release.chat_messages(row | {"gpt4_answer": record.answer}, question, shown)
 
 
-def _records_by_kind(records: Sequence[EvalRecord], released: bool) -> dict[str, list[EvalRecord]]:
+def _records_by_kind(
+    judge: llm_judge.Judge, records: Sequence[EvalRecord], released: bool
+) -> dict[str, list[EvalRecord]]:
     open_records = [r for r in records if r.family == "vqa_open" and not r.error]
     pairwise = [r for r in records if r.family in per_record.PAIRWISE_FAMILIES and not r.error]
     by_kind = {CORRECT: open_records, RELATIVE: pairwise}
+    if judge.read_unparsed:
+        by_kind[READ] = [r for r in records if _is_unparsed(r)]
     if released:
         by_kind |= {PAPER_OPEN: open_records, PAPER_RELATIVE: pairwise}
     return {kind: kind_records for kind, kind_records in by_kind.items() if kind_records}
+
+
+def _is_unparsed(record: EvalRecord) -> bool:
+    """Return whether an answer has text, from which no option can be parsed."""
+    if record.family not in CLOSED_FAMILIES or record.error:
+        return False
+    text = per_record.answer_text(record)
+    return bool(text.strip()) and strict.parse_answer(record.family, text, record.prompt) is None
 
 
 def _work(
@@ -209,7 +236,7 @@ def _work(
 ) -> dict[str, list[tuple[EvalRecord, str]]]:
     """Return kind -> (record, hash of its case) of all records that have no votes yet."""
     work: dict[str, list[tuple[EvalRecord, str]]] = {}
-    for kind, kind_records in _records_by_kind(records, released).items():
+    for kind, kind_records in _records_by_kind(judge, records, released).items():
         for number, record in enumerate(kind_records, start=1):
             case = _hash(kind, record)
             row = judgments.get((record.id, kind, judge.fingerprint))
@@ -235,10 +262,9 @@ def _hash(kind: str, record: EvalRecord) -> str:
 
 def _strict(judge, budget, kind, work, cache, stopped, progress) -> Iterator[dict[str, Any]]:
     """Yield one line per answer, once all are judged."""
-    vote = llm_judge.correctness if kind == CORRECT else llm_judge.relative
     cases = [judge_case(record) for record, _ in work]
     limited = dataclasses.replace(judge, max_usd=budget.left(judge.max_usd))
-    verdicts, _ = vote(limited, cases, cache, stopped=stopped, progress=progress)
+    verdicts, _ = VOTES[kind](limited, cases, cache, stopped=stopped, progress=progress)
     for (record, case), verdict in zip(work, verdicts, strict=True):
         votes = [list(v) if isinstance(v, tuple) else v for v in verdict.votes]
         yield _line(judge, record, kind, votes, list(verdict.why), case)

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medmax_jax.endpoints import reasoning
-from medmax_jax.eval.metrics import answer_parser, strict
+from medmax_jax.eval.metrics import strict
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.metrics.strict import ItemScore
+from medmax_jax.eval.parsing import answer_parser
 from medmax_jax.eval.prediction_files.formats import JUDGE, Answer, PredictionFile
 from medmax_jax.eval.stats import intervals
 

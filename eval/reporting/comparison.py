@@ -21,6 +21,8 @@ from medmax_jax.eval.stats import intervals, paired_tests
 from medmax_jax.io import charts, html_page
 
 LOWER_IS_BETTER = ("unparsed",)
+P_VALUES = ("p", "p_mcnemar", "p_holm")
+SMALL_P = 0.001  # below it a p value is printed as "<0.001"; --json has the number
 INCONCLUSIVE = "inconclusive"
 WIDTH, ROW_HEIGHT, MARGIN = 4.0, 0.42, 0.7  # inches of the chart
 COLUMNS = {
@@ -79,9 +81,10 @@ def compare(
     for name in shared:
         _check_same(sides[0].records[name], sides[1].records[name])
     left_out_scorers = _different_scorers(*(side.inputs for side in sides))
+    inputs, unread = _alike_reads(*(side.inputs for side in sides))
     scores = [
-        aggregate.scores_by_item([side.records[name] for name in shared], side.inputs)
-        for side in sides
+        aggregate.scores_by_item([side.records[name] for name in shared], side_inputs)
+        for side, side_inputs in zip(sides, inputs, strict=True)
     ]
     first_scores, second_scores = (_without(side, left_out_scorers) for side in scores)
     keys = [key for key in first_scores if key in second_scores]
@@ -101,7 +104,7 @@ def compare(
             row["p_holm"] = adjusted[row["task"]]
             row["claim"] = verdict_of(row, names or (str(first), str(second)))
     suite = _suite(headlines, first_scores, second_scores, resampling=resampling)
-    left_out = _left_out(sides, shared, first_scores, second_scores)
+    left_out = _left_out(sides, shared, first_scores, second_scores) + unread
     return Comparison(rows=rows, suite=suite, left_out=left_out + list(left_out_scorers.values()))
 
 
@@ -132,7 +135,7 @@ def render(
         ("All metrics", comparison.rows),
         ("Mean over the tasks", [comparison.suite]),
     ):
-        merged = tables.rename_columns(tables.merge_interval_columns(rows), names)
+        merged = tables.rename_columns(tables.merge_interval_columns(printed(rows)), names)
         terms = definitions.of_table({row.get("metric", "") for row in rows}) | COLUMNS
         cells = [list(row.values()) for row in merged]
         body += html_page.section(title, html_page.table(list(merged[0]), cells, definitions=terms))
@@ -142,6 +145,18 @@ def render(
     return html_page.document(f"Comparison of {first} and {second}", body)
 
 
+def printed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of a comparison with their p values as they are printed."""
+    return [{k: p_text(v) if k in P_VALUES else v for k, v in row.items()} for row in rows]
+
+
+def p_text(p: float | None) -> str | None:
+    """Return a p value as text: 0.0214 -> "0.021", 0.00004 -> "<0.001"."""
+    if p is None:
+        return None
+    return f"<{SMALL_P:g}" if p < SMALL_P else f"{p:.3f}"
+
+
 def _page_verdict(row: Mapping[str, Any], first: str, second: str) -> html_page.Verdict:
     """Return the verdict on one task; it is good where the second is better."""
     text = (
@@ -149,7 +164,9 @@ def _page_verdict(row: Mapping[str, Any], first: str, second: str) -> html_page.
         f"({second}), difference {row['diff']:.3f}"
     )
     text += tables.interval_text(row)
-    text += f", on {row['n']:,} items of {row['groups']:,} groups; p {row['p_holm']:.3f}, by Holm."
+    text += (
+        f", on {row['n']:,} items of {row['groups']:,} groups; p {p_text(row['p_holm'])}, by Holm."
+    )
     if row["claim"] == INCONCLUSIVE:
         return html_page.Verdict("neutral", "Inconclusive", text)
     better = row["claim"] == f"{second} wins"
@@ -212,6 +229,25 @@ def _different_scorers(
             prefix = f"{per_record.PREFIX[name]}_"
             reasons[prefix] = f"{prefix}*: the files of {name} differ between the sides"
     return reasons
+
+
+def _alike_reads(
+    first: per_record.ScoringInputs, second: per_record.ScoringInputs
+) -> tuple[list[per_record.ScoringInputs], list[str]]:
+    """Return inputs that have a judge's reads of unparsed answers on both sides, or on neither."""
+    sides = [first, second]
+    reads = [per_record.READ in side.judgments for side in sides]
+    if not any(reads) or (all(reads) and first.judge == second.judge):
+        return sides, []
+    without = [
+        {kind: lines for kind, lines in side.judgments.items() if kind != per_record.READ}
+        for side in sides
+    ]
+    inputs = [
+        dataclasses.replace(side, judgments=judgments)
+        for side, judgments in zip(sides, without, strict=True)
+    ]
+    return inputs, ["reads of a judge: not by the same judge on both sides, so unparsed here"]
 
 
 def _without(scores: Mapping, prefixes: Mapping[str, str]) -> dict:

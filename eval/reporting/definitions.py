@@ -16,6 +16,9 @@ METRICS: Mapping[str, str] = {
     "rouge_l": "ROUGE-L: F-measure of the longest common subsequence of words with the "
     f"reference, 0 to 1; {HIGHER}",
     "rationale_rouge_l": f"ROUGE-L of the rationale with its reference, 0 to 1; {HIGHER}",
+    "bleu": f"corpus BLEU-4 of sacrebleu, in lower case, 0 to 1; {HIGHER}",
+    "cider": "CIDEr-D: cosine of the n-grams of caption and reference, rare ones weighted more, 0 "
+    f"to 10; {HIGHER}",
     "fact_recall": f"share of the stated facts that the caption contains; {HIGHER}",
     "has_image": f"share of answers that contain an image; {HIGHER}",
     "modality_match": "share of generated images whose nearest centroid of training images has "
@@ -63,6 +66,9 @@ COLUMNS: Mapping[str, str] = {
     "groups": "number of patients or volumes that the items are of",
     "value": "mean over the items; answers that cannot be parsed or scored count as wrong",
     "unparsed": METRICS["unparsed"],
+    "read by judge": "share of answers that cannot be parsed and from which the judge reads an "
+    "option; they count in the value",
+    "value, parsed only": "the value if the answers that only the judge can read were wrong",
     "95 % interval": "95 % confidence interval over groups; †: few groups, so approximate",
     "at best": "value if all unparsed and unscored answers were right; higher is better",
     "MDE": "minimum detectable effect: the smallest true difference from another model that an "

@@ -33,15 +33,17 @@ SIZE, QUALITY = 256, 85  # pixels of the longer side, and JPEG quality, of a cop
 ENTRIES = "<!-- entries -->"
 TITLE_CHARS = 90  # of the prompt in the title of an entry
 CORRECT, WRONG, PARTIAL, ERROR, NOT_SCORED = "correct", "wrong", "partial", "error", "not scored"
+READ_CORRECT, READ_WRONG = (f"{v}, {strict.JUDGE_READ}" for v in (CORRECT, WRONG))
 STATUS: Mapping[str, html_page.Status] = {
     CORRECT: "good", WRONG: "bad", ERROR: "bad", strict.UNPARSED: "bad",
+    READ_CORRECT: "good", READ_WRONG: "bad",
 }  # fmt: skip
 COLUMNS = ("id", "task", "family", "group", "verdict", "metric", "score", "tags", "prompt",
            "reference", "answer", "error", "images", "generated_images")  # fmt: skip
 LEAD = (
     "Verdicts are by the headline metric of the task. correct: a score of 1; wrong: 0; partial: "
-    "between; unparsed: no option can be read from the answer; unscored: the judge or a scorer "
-    "failed; error: the request failed."
+    "between; unparsed: no option can be read from the answer; read by judge: only the judge "
+    "could; unscored: the judge or a scorer failed; error: the request failed."
 )
 
 
@@ -119,6 +121,8 @@ def item_verdict(record: EvalRecord, score: strict.ItemScore | None) -> str:
         return NOT_SCORED
     if score.value is None or score.status == strict.UNPARSED:
         return score.status
+    if score.status == strict.JUDGE_READ:
+        return READ_CORRECT if score.value else READ_WRONG
     return {0.0: WRONG, 1.0: CORRECT}.get(score.value, PARTIAL)
 
 

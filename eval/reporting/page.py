@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmax_jax.eval.metrics import aggregate, per_record
+from medmax_jax.eval.metrics import aggregate, captions, per_record
 from medmax_jax.eval.records import EvalRecord, is_credentialed
 from medmax_jax.eval.reporting import curves, definitions, item_browser, tables, verdict
 from medmax_jax.eval.reporting.tables import Values
-from medmax_jax.eval.results import Summary
+from medmax_jax.eval.results import MetricRow, Summary
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import html_page, journal
 from medmax_jax.models import image_headers, images
@@ -244,7 +244,16 @@ def _scores(summary: Summary) -> str:
         body += html_page.section("Baselines", rows_table(rows) + notes)
     if others := tables.other_metrics(summary):
         body += html_page.section("Other metrics", rows_table(others))
-    return body
+    return body + caption_metrics_not_run(summary.scores)
+
+
+def caption_metrics_not_run(scores: Sequence[MetricRow]) -> str:
+    """Return the table of the metrics of captions and reports that this suite does not compute."""
+    metrics = {row.metric for row in scores if row.family == "captioning"}
+    if not metrics:
+        return ""
+    rows = [dict(metric=k, reason=why) for k, why in captions.not_run(metrics).items()]
+    return html_page.section("Metrics of captions that are not run", rows_table(rows))
 
 
 def _published(summary: Summary) -> str:

@@ -34,7 +34,6 @@ OURS = {  # where the metric is not that of the card; "" for none of this suite
     **dict.fromkeys(catalog.UNMATCHED, ""),
 }
 BLIND = "blind"  # the entry of Summary.baselines that another model answered
-CLOSED = ("vqa_closed", "vqa_mcq", "vqa_rationale")
 
 
 def headlines(scores: Sequence[MetricRow]) -> list[MetricRow]:
@@ -73,6 +72,8 @@ def main_table(summary: Summary) -> list[dict[str, Any]]:
             "value": row.value,
             "95 % interval": interval(vars(row)),
             "unparsed": format_share(unparsed_share(row)),
+            "read by judge": format_share(judge_read_share(row)),
+            "value, parsed only": row.value_parsed,
             "at best": row.best,
             "MDE": row.mde,
             "as released": row.paper,
@@ -84,9 +85,14 @@ def main_table(summary: Summary) -> list[dict[str, Any]]:
     return drop_empty_columns(rows)
 
 
+def judge_read_share(row: MetricRow) -> float | None:
+    """Return the share of answers that only a judge could read; None where there are none."""
+    return row.n_judge_read / row.n if row.n_judge_read else None
+
+
 def unparsed_share(row: MetricRow) -> float | None:
     """Return the share of a row's answers that cannot be parsed; None where none are parsed."""
-    if row.family not in CLOSED or not row.n or row.n_unparsed is None:
+    if row.family not in per_record.CLOSED_FAMILIES or not row.n or row.n_unparsed is None:
         return None
     return row.n_unparsed / row.n
 
@@ -322,7 +328,7 @@ def failure(record: EvalRecord, scores: Mapping[str, tuple[str, float]]) -> str:
     """Return error, unparsed or wrong; "" for a correct answer, or one scored by degrees."""
     if record.error:
         return "error"
-    if record.family in CLOSED:
+    if record.family in per_record.CLOSED_FAMILIES:
         if strict.parse_answer(record.family, record.text, record.prompt) is None:
             return "unparsed"
     value = scores.get(record.id, ("", 1.0))[1]

@@ -3,6 +3,7 @@
     scores    1 0 1 | 1 1 | 0 0 0 1        three groups, nine questions
     resample  three groups with replacement, the mean of all questions drawn; 2,000 times or more
     error     the spread of these means x sqrt(G / (G - 1)), at least that of independent items
+              and, for a mean, that of leaving out one group at a time
     interval  Wilson's, of the effective number of items that this error implies, with Student's
               t of G - 1 degrees of freedom; G: groups, fewer where some have most of the items
 
@@ -90,8 +91,10 @@ def mean_interval(
     member, count = _members(len(values), groups)
     _check_span(values, span)
     sizes = np.bincount(member).astype(np.float64)
-    means = _resampled_means(np.bincount(member, values), sizes, resampling)
-    error = max(_error_of(means, count, span), _independent(values, span))
+    sums = np.bincount(member, values)
+    means = _resampled_means(sums, sizes, resampling)
+    error = _error_of(means, count, span)
+    error = max(error, _independent(values, span), _jackknife(sums, sizes) if error else 0.0)
     mean = float(values.mean())
     low, high = _ends(mean, error, sizes / len(values), span, proportion=True)
     return Interval(mean, low, high, len(values), count)
@@ -366,12 +369,15 @@ def _ends(
 def _quantile(weights: Float[np.ndarray, "g"], level: float) -> float:
     """Return Student's t with groups - 1 degrees of freedom; infinite with one group.
 
-    Groups that hold most of the items leave fewer to compare: their number is 1 / sum of squared
-    shares, that of equal groups with the same error.
+    Groups that hold most of the items leave fewer to compare. Their number is Satterthwaite's: G
+    for equal groups. The variance of a group's sum grows with its size where its items are
+    independent, and with the square where they agree; the power in between is assumed.
     """
     if len(weights) < 2:
         return math.inf
-    return float(special.stdtrit(max(1 / float(np.sum(weights**2)) - 1, 1.0), level))
+    variances = weights**1.5
+    number = float(np.sum(variances)) ** 2 / float(np.sum(variances**2))
+    return float(special.stdtrit(max(number - 1, 1.0), level))
 
 
 def _error_of(draws: Float[np.ndarray, "r"], groups: int, span: Span | None) -> float:
@@ -379,6 +385,17 @@ def _error_of(draws: Float[np.ndarray, "r"], groups: int, span: Span | None) -> 
     if groups < 2 or _same(draws, span):
         return 0.0
     return float(np.std(draws)) * math.sqrt(groups / (groups - 1))
+
+
+def _jackknife(sums: Float[np.ndarray, "g"], sizes: Float[np.ndarray, "g"]) -> float:
+    """Return the standard error from leaving out one group at a time.
+
+    It equals the bootstrap's for groups of one size, and is larger where some have many items:
+    these draw the mean of every resample towards their own, and seem to vary less than they do.
+    """
+    without = (sums.sum() - sums) / (sizes.sum() - sizes)
+    shifts = without - sums.sum() / sizes.sum()
+    return math.sqrt((len(sums) - 1) / len(sums) * float(np.sum(shifts**2)))
 
 
 def _independent(values: Float[np.ndarray, "n"], span: Span | None) -> float:

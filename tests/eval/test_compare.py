@@ -248,3 +248,34 @@ def test_the_page_of_a_comparison(tmp_path):
     backward = comparison.compare(second, first, seed=0, resamples=2_000)
     text = comparison.render(backward, str(second), str(first), facts=facts)
     assert f'<li class="bad"><b>{second} is better.</b>' in text
+
+
+def test_reads_of_a_judge_count_on_both_sides_or_on_neither(tmp_path):
+    sides = [write(tmp_path / name, ["paraphrase"] * 4) for name in ("one", "two")]
+    names = [f"vqa_closed/{n}" for n in range(4)]
+
+    def judged(folder, judge):
+        lines = [
+            dict(id=name, kind="read", votes=["yes"], why=[], judge=judge, case="c")
+            for name in names
+        ]
+        (folder / "judgments.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        result = comparison.compare(*sides, seed=0, resamples=2_000)
+        rows = {row["metric"]: row for row in result.rows}
+        return rows["accuracy"]["second"], [x for x in result.left_out if "reads" in x]
+
+    assert judged(sides[1], "one judge") == (
+        0.0, ["reads of a judge: not by the same judge on both sides, so unparsed here"]
+    )  # fmt: skip
+    assert len(judged(sides[0], "another judge")[1]) == 1
+    assert judged(sides[0], "one judge") == (1.0, [])
+
+
+def test_small_p_values_are_printed_as_such():
+    assert [comparison.p_text(p) for p in (0.0214, 0.001, 0.00099, 0.0, None)] == [
+        "0.021", "0.001", "<0.001", "<0.001", None
+    ]  # fmt: skip
+    row = dict(p=1e-9, p_holm=0.5, p_mcnemar=None, diff=1e-9)
+    assert comparison.printed([row]) == [
+        dict(p="<0.001", p_holm="0.500", p_mcnemar=None, diff=1e-9)
+    ]

@@ -16,9 +16,10 @@ from medmax_jax.data.sample.documents import eval_items
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.eval.config import EvalError, Settings
 from medmax_jax.eval.encoders import modality
-from medmax_jax.eval.metrics import aggregate, answer_parser, per_record, yes_no_parser
+from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.models import base, baselines
+from medmax_jax.eval.parsing import answer_parser, yes_no_parser
 from medmax_jax.eval.pipeline import inference, stages
 from medmax_jax.eval.records import EvalRecord, read_records
 from medmax_jax.eval.reporting import page

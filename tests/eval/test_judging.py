@@ -10,6 +10,8 @@ from llm_server import at, completion, serving, short_waits  # noqa: F401
 from medmax_jax.endpoints import chat_api, egress
 from medmax_jax.eval.metrics import aggregate, llm_judge, per_record, release
 from medmax_jax.eval.pipeline import judging
+from medmax_jax.eval.reporting import item_browser, tables
+from medmax_jax.eval.results import MetricRow, Summary
 from medmax_jax.eval.stats.intervals import Resampling
 
 
@@ -246,3 +248,90 @@ def test_tasks_without_a_judge_are_named(tmp_path):
     assert not any(row.metric.startswith("judge") for row in result)
     named = ["slake_open", "visual_chat_conversation", "multimodal"]
     assert aggregate.not_judged(records) == named
+
+
+MCQ = "Which modality is this?\nA: CT\nB: MRI\nC: X-ray"
+
+
+def unparsed_records():
+    """Two that the rules parse, three that only a judge reads, and four that state nothing."""
+    mcq = [("A", "A"), ("magnetic resonance", "B"), ("a magnetic one", "A"), ("unclear", "C")]
+    closed = [("Yes.", "yes"), ("The angles are sharp.", "no"), ("", "no"), ("maybe", "no")]
+    closed += [("<think>The angles are sharp", "no")]
+    rows = []
+    for family, prompt, pairs in (
+        ("vqa_mcq", MCQ, mcq),
+        ("vqa_closed", "Is there an effusion?", closed),
+    ):
+        for n, (text, answer) in enumerate(pairs):
+            item = eval_setup.item(f"{family}_task", family, n, answer=answer, prompt=prompt)
+            rows.append(eval_setup.record(item, text))
+    return rows
+
+
+def test_a_judge_reads_only_what_cannot_be_parsed(tmp_path):
+    records = unparsed_records()
+    judge = dict(read_unparsed=True)
+    with serving(eval_setup.judge) as llm:
+        summary = judge_all(a_judge(llm.url, **judge), records, tmp_path, released=False)
+        requests = [json.loads(r["messages"][1]["content"]) for r in llm.requests]
+        calls = len(llm.requests)
+        assert judge_all(a_judge(llm.url, **judge), records, tmp_path, released=False) == summary
+        assert len(llm.requests) == calls
+    # 3 of multiple choice and 2 closed, each by two votes; an empty answer states nothing
+    assert summary["judged"] == {"read": 5} and calls == 10
+    assert all(set(request) == {"case", "question", "answer"} for request in requests)
+    assert {r["question"] for r in requests} == {MCQ, "Is there an effusion?"}
+    table = {key: MetricRow.from_json(row) for key, row in rows(records, tmp_path).items()}
+    mcq, closed = table["vqa_mcq_task", "accuracy"], table["vqa_closed_task", "accuracy"]
+    assert (mcq.n, mcq.n_judge_read, mcq.n_unparsed) == (4, 2, 1)
+    assert mcq.value == 2 / 4 and mcq.value_parsed == 1 / 4 and mcq.best == 3 / 4
+    assert (closed.n_judge_read, closed.n_unparsed) == (1, 3)
+    assert closed.value == 2 / 5 and closed.value_parsed == 1 / 5
+    main = {
+        row["task"]: row
+        for row in tables.main_table(Summary(model="m", scores=tuple(table.values())))
+    }
+    assert main["vqa_mcq_task"]["read by judge"] == "50.0%"
+    assert main["vqa_mcq_task"]["value, parsed only"] == 1 / 4
+    inputs = per_record.read(tmp_path)
+    scores = [per_record.record_scores(r, inputs)["accuracy"] for r in records[:4]]
+    assert [item_browser.item_verdict(r, s) for r, s in zip(records, scores, strict=False)] == [
+        "correct", "correct, read by judge", "wrong, read by judge", "unparsed"
+    ]  # fmt: skip
+    assert judging.judged_families(a_judge("http://x")) == judging.JUDGED_FAMILIES
+
+
+def test_votes_that_differ_or_name_no_option_leave_an_answer_unparsed(tmp_path):
+    records = unparsed_records()[1:3]
+
+    def behave(request, n):
+        case = json.loads(request["messages"][1]["content"])
+        states = "AB"[request["seed"] % 2] if case["answer"] == "magnetic resonance" else "E"
+        return completion(json.dumps({"case": case["case"], "states": states}))
+
+    with serving(behave) as llm:
+        judge_all(a_judge(llm.url, read_unparsed=True), records, tmp_path, released=False)
+    row = MetricRow.from_json(rows(records, tmp_path)["vqa_mcq_task", "accuracy"])
+    assert (row.n_judge_read, row.n_unparsed, row.value_parsed) == (0, 2, None)
+
+
+@pytest.mark.parametrize(
+    "reply, states",
+    [
+        ('{"case": "t", "states": "B"}', "B"),
+        ('I think {"case": "t", "states": "A"}\n{"case": "t", "states": "none"}', "none"),
+        ('{"case": "other", "states": "B"}', None),
+        ('{"case": "t", "states": "b or c"}', None),
+        ('{"case": "t", "states": true}', None),
+        ('<think>{"case": "t", "states": "B"}', None),
+    ],
+)
+def test_replies_on_what_an_answer_states(reply, states):
+    assert llm_judge.parse_verdict(llm_judge.READ, reply, "t") == states
+
+
+def test_the_fingerprint_of_a_judge_depends_on_what_it_reads():
+    """Judgments of workdirs without it stay valid."""
+    plain, reads = a_judge("http://x"), a_judge("http://x", read_unparsed=True)
+    assert plain.fingerprint != reads.fingerprint

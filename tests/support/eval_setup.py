@@ -98,7 +98,15 @@ def right(answer):
     return int(answer.lower().startswith("a ct"))
 
 
+def stated(request):
+    """What a paraphrase states, as a judge reads it."""
+    answer = request["answer"]
+    return "B" if "magnetic" in answer else "no" if "sharp" in answer else "none"
+
+
 def _ours(request):
+    if "reference" not in request and "first" not in request:
+        return completion(json.dumps({"case": request["case"], "states": stated(request)}))
     answers = [request.get("answer"), request.get("first"), request.get("second")]
     if "refuses" in answers:
         return completion("I'm sorry, I can't help with that.")

@@ -4,6 +4,7 @@
     2  sentences that begin with it  "No, it is not.", "Yes. ..."; those that disagree state nothing
     3  the one that stands alone     "I would say yes."
     4  no before a finding           "No pneumothorax is seen."
+    5  the question as a statement   "The heart is not enlarged.", "There is a fracture."
 
 "No" before what is no finding ("no image was provided", "no idea", "no doubt") is no answer. With
 the question known, the finding must be one that it asks about, and a question about normality or
@@ -11,10 +12,11 @@ absence ("Are the lungs clear?") is not answered by "no effusion".
 """
 
 import re
+from collections import Counter
 
 from medmax_jax.endpoints import reasoning
-from medmax_jax.eval.metrics import answer_context as context
-from medmax_jax.eval.metrics.answer_context import ANSWER, END_ANSWER
+from medmax_jax.eval.parsing import answer_context as context
+from medmax_jax.eval.parsing.answer_context import ANSWER, END_ANSWER
 
 AMBIGUOUS = "?"
 YES, NO = "yes", "no"
@@ -26,6 +28,16 @@ _FOREIGN = {
     "tidak|nee",
 }
 _VALUE = {word: value for value, words in _FOREIGN.items() for word in words.split("|")}
+# Of a complete answer only.
+_COMPLETE = {
+    **dict.fromkeys(
+        ("y", "si", "true", "correct", "that's correct", "absolutely", "certainly"), YES
+    ),
+    **dict.fromkeys(("definitely", "of course", "it is", "there is", "indeed", "there are"), YES),
+    **dict.fromkeys(("n", "false", "incorrect", "not seen", "none seen", "probably not"), NO),
+    **dict.fromkeys(("absolutely not", "definitely not", "certainly not", "it is not"), NO),
+    **dict.fromkeys(("there is not", "there isn't", "it isn't", "no evidence", "not present"), NO),
+}
 _WORDS = "|".join(sorted(_VALUE, key=len, reverse=True))
 _STOP = r"(?!\.\s*\d)(?=\s*(?:$|[.,;:!)\]}\"\n\u0002\u0003。、！]|[-–—](?!\w)|\s[-–—]|'(?!\w)))"
 _GO_ON = r"(?=\s+(?:because|since|as|it|it's|there|this|that|the|these|they|he|she|i|we|in)\b)"
@@ -114,6 +126,11 @@ _EVIDENCE = re.compile(
     re.IGNORECASE,
 )
 _OR = re.compile(r"\b(?:or|nor)\b|/", re.IGNORECASE)
+_CONTRAST = re.compile(r"\b(?:but|however|although|though|not|no|wait)\b", re.IGNORECASE)
+_LEFT_OUT = frozenset(
+    "a an the any there seen visible present identified noted shown detected evident".split()
+)
+_VERBS = Counter("is are was were has have does do can".split())
 _END_OF_FINDING = re.compile(
     r"[,;:.!?()\n]|\b(?:is|are|was|were|in|on|at|of|for|from|seen|noted|identified|"
     r"but|and|with|within|under|to|that|which|can|could|here|has|have|appears?|detected|found)\b",
@@ -143,10 +160,8 @@ def parse_yes_no(answer: str, question: str = "") -> str | None:
 
 def _yes_no(text: str, question: str) -> str | None:
     """Return "yes", "no", AMBIGUOUS or None of a normalized text."""
-    complete = _VALUE.get(
-        text.replace(ANSWER, "").replace(END_ANSWER, "").strip(" \n\"'().,:;!?。").lower()
-    )
-    if complete:
+    plain = text.replace(ANSWER, "").replace(END_ANSWER, "").strip(" \n\"'().,:;!?。").lower()
+    if complete := _VALUE.get(plain) or ("?" not in text and _COMPLETE.get(plain)):
         return complete
     if (words := set(re.findall(r"\w+", text.lower()))) in ({YES}, {NO}):
         return words.pop()  # "no no no", of a model that repeats itself
@@ -160,7 +175,7 @@ def _yes_no(text: str, question: str) -> str | None:
         return lead
     if context.is_refusal(text):
         return None
-    return _alone(text) or _no_finding(text, question)
+    return _alone(text) or _no_finding(text, question) or _restated(text, question)
 
 
 def _last_statement(text: str, question: str) -> str | None:
@@ -242,6 +257,30 @@ def _no_finding(text: str, question: str) -> str | None:
         if not context.NEGATORS.search(text[context.clause_start(text, start) : start]):
             return NO
     return None
+
+
+def _restated(text: str, question: str) -> str | None:
+    """Return the answer of a first sentence that has the question's words, with or without "not".
+
+    "Is the heart enlarged?": "The heart is enlarged." -> "yes", "The heart isn't enlarged" -> "no".
+    """
+    asked = re.findall(r"[^.?!\n]+(?=\?)", question)
+    first = text[: context.sentence_span(text, 0)[1]]
+    if not asked or "?" in first or _CONTRAST.search(text, len(first)):
+        return None
+    expected, words = _plain_words(asked[-1]), _plain_words(first)
+    if not expected & _VERBS or "not" in expected or "or" in expected:
+        return None
+    if words == expected:
+        return YES
+    return NO if words == expected | Counter(["not"]) and words["not"] == 1 else None
+
+
+def _plain_words(text: str) -> Counter[str]:
+    """Return the words: "There's a mass." and "A mass is seen." both as (mass, is)."""
+    text = re.sub(r"n't\b", " not", text.lower().replace("cannot", "can not"))
+    text = re.sub(r"\b(there|it|that|this)'s\b", r"\1 is", text)
+    return Counter(w for w in re.findall(r"[^\W_]+", text) if w not in _LEFT_OUT)
 
 
 def _is_finding(text: str, start: int, question: str) -> bool:

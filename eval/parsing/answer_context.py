@@ -51,7 +51,8 @@ _CLAUSE = re.compile(
 _SENTENCE = re.compile(r"[.!?](?=[\s\"')\]\u0003]|$)|[;\n。！？；\u0002\u0003]")
 
 NEGATORS = re.compile(
-    r"\b(?:not|never|neither|nor|no|none|without|cannot|exclud\w*|rules? out|ruled out|ruling out|"
+    r"\b(?:not|never|neither|nor|no|none|(?<!\ba )few|scant|scarce\w*|without|cannot|"
+    r"exclud\w*|rules? out|ruled out|ruling out|"
     r"eliminat\w*|reject\w*|dismiss\w*|discard\w*|except|excepting|instead of|rather than|than|"
     r"unlike|as opposed to|opposed to|compared (?:to|with)|unlikely|unable|against|"
     r"r/o|(?:incorrect|wrong|false|worst)(?=\s*(?:options?|answers?|choices?|one|is|[:\-]))|least|"
@@ -103,6 +104,13 @@ _EXCEPT = re.compile(
     r"\b(everything|anything|everyone|any|all(?: (?:of|the|options|answers|them)){0,3}) but\b",
     re.IGNORECASE,
 )
+_HEADING = re.compile(  # 【答案】B, [Answer] B
+    r"[【\[]\s*((?:最终|正确)?答案|(?:final |correct )?answer)\s*[】\]]\s*[::]?", re.IGNORECASE
+)
+_NEXT_QUESTION = re.compile(  # of a base model that continues with a question of its own
+    r"\n\s*(?:(?:next )?question|q|user|human|问题|題目|题目|pregunta|frage)\s*\d{0,3}\s*[:：]",
+    re.IGNORECASE,
+)
 _SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?s>|<(?:eos|pad|end_of_turn|unused\d+)>")
 _BE = (
     r"(?:is|are|was|were|seems?|looks?|appears?|being|(?:would|can|could|should|may|might|must|"
@@ -112,6 +120,8 @@ _BE = (
 _BAD = (
     r"(?:not|never|incorrect|wrong|false|unlikely|excluded|ruled out|eliminated|rejected|dismissed|"
     r"discarded|less|least|out\b|inconsistent|incompatible|implausible|impossible|absent|"
+    r"normal(?=\s*(?:$|[.,;:!)\n]|and\b|in (?:size|appearance|position)\b))|unremarkable|"
+    r"contraindicated|only (?:indicated|used|given|needed) if|"
     r"inappropriate|improbable|untrue|invalid|inaccurate|unsupported|unrelated|irrelevant|"
     r"a distractor|contradicted|no longer|neither|missing|negative)"
 )
@@ -134,7 +144,8 @@ _DENIED_AFTER = re.compile(
     re.IGNORECASE,
 )
 _GOOD = (
-    r"(?:correct|true|accurate|the answer|my answer|right(?=\s*(?:$|[.,;:!)\n\u0003]|answer|option|"
+    r"(?:correct|true|accurate|the answer|my answer|"
+    r"my (?:first |top |best |final )?choice|right(?=\s*(?:$|[.,;:!)\n\u0003]|answer|option|"
     r"choice|one|because|since|as\b|and\b))|"
     r"(?:best|most (?:likely|probable|appropriate|consistent|suitable|accurate|plausible|fitting))"
     r"(?=\s*(?:$|[.,;:!)\n\u0003]|answer|option|choice|one|fit|match|diagnosis|explanation|"
@@ -147,6 +158,7 @@ _AFFIRMED_AFTER = re.compile(
     rf"(?:(?:clearly|therefore|thus|indeed|definitely|most likely|likely|probably|obviously|still|"
     rf"the|"
     rf"only|my|single|a|overall)\s+){{0,3}}{_GOOD}"
+    r"|(?:is|are)\s+(?:\w+ly\s+)?(?:favou?red|preferred)(?=\s*(?:$|[.,;\n]|over\b|to\b))"
     r"|fits best\b|(?:[:\-–—]\s*)?(?:correct|true|yes)(?=\s*(?:$|[.,;:!\n\u0003)]))|[✓✔✅☑]"
     r"|es (?:la )?(?:respuesta )?correct\w*|é a (?:resposta )?corret\w*|est (?:la )?(?:bonne|"
     r"correcte)"
@@ -227,10 +239,13 @@ def normalize(text: str) -> str:
     text = _SPECIAL.sub(" ", text)
     text = _TAG.sub(ANSWER, _HTML.sub("", re.sub(r"<br\s*/?>", "\n", text, flags=re.IGNORECASE)))
     text = _END_TAG.sub(END_ANSWER, text)
+    text = _HEADING.sub(r"\1: ", text)
     text = re.sub(r"\\[()\[\]]|[*`$]+|(?<!\w)_+|_+(?!\w)|(?m:^\s*(?:#+|>)\s*)", "", text)
     text = re.sub(rf"(?<=[{_CJK}])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?=[{_CJK}])", " ", text)
     text = _EXCEPT.sub(r"\1 except", _NOT_NEGATIVE.sub("certainly", text))
-    return re.sub(r"[^\S\n]+", " ", re.sub(r"\r\n?", "\n", text)).strip()
+    text = re.sub(r"[^\S\n]+", " ", re.sub(r"\r\n?", "\n", text)).strip()
+    following = _NEXT_QUESTION.search(text)
+    return text[: following.start()].strip() if following else text
 
 
 def clause_start(text: str, start: int) -> int:

@@ -8,7 +8,7 @@
        mentioned             complete text is there
 
 A wrong parse is worse than none: a phrase that the answer denies, asks about or assumes
-(eval/metrics/answer_context.py) is never read, several candidates at one level are not decided by
+(eval/parsing/answer_context.py) is never read, several candidates at one level are not decided by
 the next
 level, and the article "a" and letters of other names (hepatitis B, Kerley B lines) are no letters.
 Reasoning text is left out first (medmax_jax/endpoints/reasoning.py).
@@ -20,9 +20,9 @@ import re
 from collections.abc import Mapping
 
 from medmax_jax.endpoints import reasoning
-from medmax_jax.eval.metrics import answer_context as context
-from medmax_jax.eval.metrics import yes_no_parser
-from medmax_jax.eval.metrics.answer_context import ANSWER, END_ANSWER
+from medmax_jax.eval.parsing import answer_context as context
+from medmax_jax.eval.parsing import option_words, yes_no_parser
+from medmax_jax.eval.parsing.answer_context import ANSWER, END_ANSWER
 
 LETTERS = "ABCDEFGHIJ"  # of options that cannot be read from the question
 AMBIGUOUS = "?"
@@ -31,7 +31,8 @@ MAX_MENTIONS = 300  # of options; of an answer with more, only explicit statemen
 
 _CHOOSE = re.compile(
     r"\b(?:choose|chose|choosing|select|selected|selecting|pick|picked|opt for|go with|going with|"
-    r"vote for|settle (?:on|for)|elijo|wähle|choisis|scelgo)\s+"
+    r"vote for|settle (?:on|for)|"
+    r"(?:leaves|leaving)(?: us)?(?: with)?(?: only| just)?|elijo|wähle|choisis|scelgo)\s+"
     r"|(?<![不没未别])(?:故选|应选|应该选|选择|選擇|我选|选|選)(?![项項])\s*:?\s*",
     re.IGNORECASE,
 )
@@ -73,6 +74,7 @@ _JOIN = (
 _JOINED = re.compile(
     rf"{_JOIN}(?:(?:the|a|an|option|choice|also|maybe|both)\s+)*[(\[\"']*$", re.IGNORECASE
 )
+_SINGULAR = re.compile(r"\s*(?:\([^()]*\)\s*)?(?:is|was|isn't|does|has)\b", re.IGNORECASE)
 _NAME_BEFORE = re.compile(  # names that end in a letter: "vitamin D", "Stanford type B", "panel A"
     r"\b(?:vitamins?|hepatitis|types?|groups?|class|grades?|stages?|panels?|fig(?:ure|s)?\.?|"
     r"images?|"
@@ -85,7 +87,8 @@ _NAME_BEFORE = re.compile(  # names that end in a letter: "vitamin D", "Stanford
     re.IGNORECASE,
 )
 _NAME_AFTER = re.compile(
-    r"\s+(?:cells?|lines?|mode|waves?|lymphocytes?|symptoms?|arm|section|dimers?|virus|scan|"
+    r"[)\]\"']*\s+in the (?:figure|images?|photograph|panel|legend)\b"
+    r"|\s+(?:cells?|lines?|mode|waves?|lymphocytes?|symptoms?|arm|section|dimers?|virus|scan|"
     r"fibers?)\b"
     r"|\.\s?[a-z]{3,}|\.[A-Z]\b",
 )
@@ -99,18 +102,9 @@ _BARE = re.compile(
     r"letter)\b\s*[:.]?\s*[(\[\"']*)?([A-Za-z])[\s\"')\]}>.:,;!?。]*",
     re.I,
 )
-_WORD = re.compile(r"\d+(?:[.,]\d+)?|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Mention:
-    """An option in a text: by its letter, or by its words."""
-
-    letter: str
-    start: int
-    end: int
-    by_letter: bool
-    certain: bool = True  # not certain: a capital that may stand for something else
+_NUMERALS = "zero one two three four five six seven eight nine ten".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +125,7 @@ def parse_choice(answer: str, options: Mapping[str, str], *, letters: str = LETT
     final = reasoning.final_answer(answer)
     if final is None or not final.strip():
         return None
-    question = _Question("".join(options) or letters, _option_words(options))
+    question = _Question("".join(options) or letters, option_words.words_by_letter(options))
     letter = _choice(context.normalize(final), question)
     return None if letter == AMBIGUOUS else letter
 
@@ -171,107 +165,35 @@ def _complete_answer(text: str, question: _Question) -> str | None:
         return None
     label = _label(text, question)
     if label:
-        rest = _words(text[label.end :])
+        rest = option_words.words_of(text[label.end :])
         if rest == question.words.get(label.letter):
             return label.letter
         if rest in question.words.values():
             return AMBIGUOUS  # "B: CT" where CT is A
-    named = [letter for letter, words in question.words.items() if words == _words(text)]
+    words = option_words.words_of(text)
+    if len(words) == 1 and words[0] in _NUMERALS and words not in question.words.values():
+        words = (str(_NUMERALS.index(words[0])),)
+    named = [letter for letter, own in question.words.items() if own == words]
     if len(named) > 1:
         return AMBIGUOUS
     return named[0] if named else None
 
 
-def _label(text: str, question: _Question, start: int = 0) -> _Mention | None:
+def _label(text: str, question: _Question, start: int = 0) -> option_words.Mention | None:
     """Return the letter that labels a line: "B. ", "(b) ", "C: "; not the "E. " of "E. coli"."""
     match = _LABEL.match(text, start)
     if not match or match[1].upper() not in question.letters:
         return None
     letter, rest = match[1].upper(), text[match.end() :]
     mark = match[0].rstrip()[-1]
-    own = _begins(rest, question.words.get(letter))
+    own = option_words.begins_with(rest, question.words.get(letter))
     if mark in ".;," and not own and (match[1].islower() or re.match(r"[a-z]", rest)):
         return None
     if mark == "," and (letter == "I" or not rest):
         return None
     if match[1].islower() and not own and mark not in ")]:":
         return None
-    return _Mention(letter, match.start(1), match.end(), True)
-
-
-# The words of options.
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word, _, _ in _word_spans(text))
-
-
-def _word_spans(text: str) -> list[tuple[str, int, int]]:
-    """Return lower-case words and positions, without articles; "Hepatitis A" keeps its letter."""
-    spans = []
-    for match in _WORD.finditer(text):
-        word = match[0]
-        if word.lower() in ("the", "an"):
-            continue
-        if word == "a" and re.match(r"\s+\w", text[match.end() : match.end() + 3]):
-            continue
-        if word == "A" and re.search(
-            r"(?:^|[.!?:\n])\s*$", text[max(0, match.start() - 3) : match.start()]
-        ):
-            if re.match(r"\s+\w", text[match.end() : match.end() + 3]):
-                continue
-        spans.append((word.lower(), match.start(), match.end()))
-    return spans
-
-
-def _option_words(options: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Return letter -> words; where all other options have one line, the last has one too."""
-    letters = list(options)
-    single = all("\n" not in options[letter].strip() for letter in letters[:-1])
-    words_by_letter = {}
-    for letter in letters:
-        text = options[letter].strip()
-        text = text.split("\n")[0] if letter == letters[-1] and single else text
-        words = _words(context.normalize(text))
-        if words:
-            words_by_letter[letter] = words
-    return words_by_letter
-
-
-def _begins(text: str, words: tuple[str, ...] | None) -> bool:
-    return bool(words) and _words(text[: 40 + 20 * len(words)])[: len(words)] == words
-
-
-def _named(text: str, question: _Question) -> list[_Mention]:
-    """Return the options whose complete text is there; one inside a longer one is left out."""
-    spans, mentions = _word_spans(text), []
-    places: dict[str, list[int]] = {}
-    for index, (word, _, _) in enumerate(spans):
-        places.setdefault(word, []).append(index)
-    for letter, words in question.words.items():
-        for index in places.get(words[0], ()):
-            candidate = spans[index : index + len(words)]
-            if tuple(word for word, _, _ in candidate) != words:
-                continue
-            if not re.search(r"[;!?\n]", text[candidate[0][1] : candidate[-1][2]]):
-                mentions.append(_Mention(letter, candidate[0][1], candidate[-1][2], False))
-    return [mention for mention in mentions if not _is_part(text, mention, mentions)]
-
-
-def _is_part(text: str, mention: _Mention, mentions: list[_Mention]) -> bool:
-    """Return whether an option's text is only part of a longer name: "PET-CT", "left lung base"."""
-    size = mention.end - mention.start
-    if any(
-        other.start <= mention.start and mention.end <= other.end and other.end - other.start > size
-        for other in mentions
-    ):
-        return True
-    before = re.search(r"\w[-/+&]$", text[max(0, mention.start - 2) : mention.start])
-    after = re.match(r"[/+&]\w|-[A-Z]", text[mention.end : mention.end + 2])
-    return bool(
-        (before and not any(other.end == mention.start - 1 for other in mentions))
-        or (after and not any(other.start == mention.end + 1 for other in mentions))
-    )
+    return option_words.Mention(letter, match.start(1), match.end(), True)
 
 
 # Mentions, and what the text does with them.
@@ -291,7 +213,8 @@ def _letter_patterns(letters: str) -> tuple[re.Pattern, re.Pattern]:
         r"maybe|"
         r"perhaps|certainly|surely|clearly|obviously|only|not|but|and|or|nor|neither|either|both|"
         r"than|"
-        r"over|exclude|excludes|reject|eliminate|choose|select|pick|with|favou?rs?|thus|so|hence|"
+        r"points? to|over|exclude|"
+        r"excludes|reject|eliminate|choose|select|pick|with|favou?rs?|thus|so|hence|"
         r"therefore|versus|vs|except|like|towards?|sondern|sino|mais|mas|es|est|ist|è|é|oder|und|"
         r"ni|weder|noch)\b|[:,;=]|->|=>|→|\s[-–—]|"
         r"[是为為选選项項案择擇即故はが이가은는])"
@@ -308,24 +231,24 @@ def _letter_patterns(letters: str) -> tuple[re.Pattern, re.Pattern]:
     return certain, re.compile(rf"(?<![\w'\-])({upper})(?![\w'])(?!-\w)")
 
 
-def _mentions(text: str, question: _Question) -> list[_Mention]:
+def _mentions(text: str, question: _Question) -> list[option_words.Mention]:
     """Return all mentions in order; letters inside an option's text are part of that text."""
-    named = _named(text, question)
+    named = option_words.named_options(text, question.words)
     certain, any_capital = _letter_patterns(question.letters)
     taken = [(m.start, m.end) for m in named if m.end - m.start > 1]
     inside = lambda position: any(start <= position < end for start, end in taken)  # noqa: E731
-    places: dict[int, _Mention] = {}
+    places: dict[int, option_words.Mention] = {}
     position = 0
     while match := certain.search(text, position):
         group = match.lastgroup or "a"
         start, end = match.span(group)
         position = end
         if not inside(start) and _is_option_letter(text, start, end, group):
-            places[start] = _Mention(text[start].upper(), start, end, True)
+            places[start] = option_words.Mention(text[start].upper(), start, end, True)
     for match in any_capital.finditer(text):
         start, end = match.span(1)
         if start not in places and not inside(start) and _may_be_letter(text, start, end):
-            places[start] = _Mention(match[1], start, end, True, certain=False)
+            places[start] = option_words.Mention(match[1], start, end, True, certain=False)
     return sorted([*places.values(), *named], key=lambda m: (m.start, m.end))
 
 
@@ -349,7 +272,7 @@ def _may_be_letter(text: str, start: int, end: int) -> bool:
     return text[start] != "A" or re.compile(_BOUND).match(text, end) is not None
 
 
-def _status(text: str, mentions: list[_Mention]) -> list[str]:
+def _status(text: str, mentions: list[option_words.Mention]) -> list[str]:
     """Return "denied", "hypothetical", "possible" or "stated"; "A and B are wrong" denies both."""
     statuses = []
     for mention in mentions:
@@ -361,16 +284,23 @@ def _status(text: str, mentions: list[_Mention]) -> list[str]:
             statuses.append("possible")
         else:
             statuses.append("stated")
+    shared = False  # the predicate after the next mention is of several: "A, B and C are wrong"
     for index in range(len(mentions) - 2, -1, -1):
         mention, other = mentions[index], mentions[index + 1]
         between = text[mention.end : other.start]
-        after = context.is_denied_after(text, other.end)
-        if after and statuses[index + 1] == "denied" and _is_same(text, mention, other, between):
+        after = shared or context.is_denied_after(text, other.end)
+        one = not shared and "," in between and not re.search(r"and|or|&", between)
+        one = one and _SINGULAR.match(text, other.end)
+        shared = bool(after and statuses[index + 1] == "denied" and not one)
+        shared = shared and _is_same(text, mention, other, between)
+        if shared:
             statuses[index] = "denied"
     return statuses
 
 
-def _is_same(text: str, mention: _Mention, other: _Mention, between: str) -> bool:
+def _is_same(
+    text: str, mention: option_words.Mention, other: option_words.Mention, between: str
+) -> bool:
     """Return whether one predicate is of both: "A and B", "A (CT)", "A. CT"."""
     if _JOINED.match(between):
         return True
@@ -383,7 +313,9 @@ def _is_same(text: str, mention: _Mention, other: _Mention, between: str) -> boo
 # Explicit statements.
 
 
-def _last_statement(text: str, mentions: list[_Mention], question: _Question) -> str | None:
+def _last_statement(
+    text: str, mentions: list[option_words.Mention], question: _Question
+) -> str | None:
     """Return the letter of the last explicit statement; AMBIGUOUS where it names several."""
     statements: list[tuple[int, str]] = []
     for match in re.finditer(f"{ANSWER}([^{ANSWER}{END_ANSWER}]*)", text):
@@ -410,7 +342,7 @@ def _last_statement(text: str, mentions: list[_Mention], question: _Question) ->
 
 
 def _head(
-    text: str, start: int, mentions: list[_Mention], question: _Question, *, words: bool
+    text: str, start: int, mentions: list[option_words.Mention], question: _Question, *, words: bool
 ) -> str | None:
     """Return what follows a cue: a letter, or an option's text at once or alone in the sentence."""
     end = context.sentence_span(text, min(start, len(text) - 1))[1] if start < len(text) else start
@@ -421,7 +353,7 @@ def _head(
     if letter and not _NAME_AFTER.match(text, letter.end()):
         return _labelled(text, letter.start(), letter.end(), mentions, question)
     own = re.compile(rf"([{question.letters}])\s+").match(text, at)
-    if own and _begins(text[own.end() :], question.words.get(own[1])):
+    if own and option_words.begins_with(text[own.end() :], question.words.get(own[1])):
         return own[1]  # "B pneumothorax"
     if not words:
         return None
@@ -437,7 +369,9 @@ def _head(
     return (named.pop() if len(named) == 1 else AMBIGUOUS) if named else None
 
 
-def _first_alone(text: str, first: _Mention, others: list[_Mention]) -> bool:
+def _first_alone(
+    text: str, first: option_words.Mention, others: list[option_words.Mention]
+) -> bool:
     """Return whether the first option after a cue is the only one of its list: not "CT or MRI"."""
     after = [m for m in others if m.start >= first.end]
     same = [m for m in others if m.start == first.start and m.letter != first.letter]
@@ -445,7 +379,7 @@ def _first_alone(text: str, first: _Mention, others: list[_Mention]) -> bool:
 
 
 def _labelled(
-    text: str, start: int, end: int, mentions: list[_Mention], question: _Question
+    text: str, start: int, end: int, mentions: list[option_words.Mention], question: _Question
 ) -> str | None:
     """Return a letter, unless it is denied, one of several, or has the text of another option."""
     letter = text[start].upper()
@@ -477,7 +411,7 @@ def _labelled(
     return letter
 
 
-def _affirmed(text: str, mentions: list[_Mention]) -> list[tuple[int, str]]:
+def _affirmed(text: str, mentions: list[option_words.Mention]) -> list[tuple[int, str]]:
     """Return (position, letter) of "B is the correct answer"; AMBIGUOUS where several are."""
     statements = []
     for index, mention in enumerate(mentions):
@@ -494,14 +428,14 @@ def _affirmed(text: str, mentions: list[_Mention]) -> list[tuple[int, str]]:
     return statements
 
 
-def _is_questioned(text: str, mention: _Mention) -> bool:
+def _is_questioned(text: str, mention: option_words.Mention) -> bool:
     return context.is_hypothetical(text, mention.start, mention.start)
 
 
 # Lines and single mentions.
 
 
-def _from_lines(text: str, mentions: list[_Mention], question: _Question) -> str | None:
+def _from_lines(text: str, mentions: list[option_words.Mention], question: _Question) -> str | None:
     """Return the letter of lines of one letter that agree, else of labelled lines not denied."""
     if context.is_retracted(text):
         return AMBIGUOUS
@@ -532,21 +466,23 @@ def _from_lines(text: str, mentions: list[_Mention], question: _Question) -> str
     return _labelled(first, label.start, label.start + 1, inner, question) or AMBIGUOUS
 
 
-def _is_denied_line(line: str, label: _Mention, question: _Question) -> bool:
+def _is_denied_line(line: str, label: option_words.Mention, question: _Question) -> bool:
     """Return whether a labelled line is denied: "A. Incorrect", "A: CT is wrong", "A. Mass: no"."""
     if context.is_denied_after(line, label.start + 1) or context.is_denied_after(line, label.end):
         return True
-    own = [m for m in _named(line, question) if m.letter == label.letter]
+    own = [m for m in option_words.named_options(line, question.words) if m.letter == label.letter]
     return any(context.is_denied(line, m.start, m.end) for m in own)
 
 
-def _is_labelling(text: str, mention: _Mention) -> bool:
+def _is_labelling(text: str, mention: option_words.Mention) -> bool:
     """Return whether a letter labels something within a line, and is not denied."""
     labels = mention.by_letter and text[mention.end : mention.end + 1] in (":", "=")
     return labels and not context.is_denied(text, mention.start, mention.end)
 
 
-def _from_mentions(text: str, mentions: list[_Mention], question: _Question) -> str | None:
+def _from_mentions(
+    text: str, mentions: list[option_words.Mention], question: _Question
+) -> str | None:
     """Return the one option that is mentioned and not denied."""
     if context.is_refusal(text):
         return None
