@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": ("medmax_jax.eval.run", "evaluate a model on the benchmark suite"),
     "compare": ("medmax_jax.eval.compare", "compare two evaluations with paired tests"),
     "report": ("medmax_jax.eval.report", "render the report page of an evaluation again"),
+    "reproduce": ("medmax_jax.eval.reproduce", "reproduce every number of a paper's tables"),
     "suite": ("medmax_jax.eval.suite", "list the tasks of the suite with published scores"),
 }
 
