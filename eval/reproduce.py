@@ -57,8 +57,8 @@ def main(config: ConfigDict, workdir: str) -> None:
     settings = parts.with_rows(build(Settings, config), given.rows, given.images)
     model = parts.Model(model=given.model, adapter=given.adapter, merge=given.merge)
     published.cells(given.published)  # raises for an unknown model before anything is run
-    every = parts.divide(settings, given.tables, strict=given.strict)
-    plan = parts.plan(every, model, workdir, progress=log.info)
+    every = parts.divide(settings, model, given.tables, strict=given.strict)
+    parts.plan(every, model, workdir, progress=log.info)
     if given.dry_run:
         return
     with cli.Stop(together=False) as stop:
@@ -72,7 +72,7 @@ def main(config: ConfigDict, workdir: str) -> None:
             parts.run(part, model, workdir, progress=progress, stopped=lambda: bool(stop.requested))
     if jax.process_index():
         return
-    content = write(workdir, given.published, settings, every, plan)
+    content = write(workdir, given.published, settings, every)
     print(printable_text(as_text(content, workdir)))
 
 
@@ -81,13 +81,12 @@ def write(
     model: str,
     settings: Settings,
     every: Sequence[parts.Part],
-    plan: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Write the page and the citation of finished parts; return the content of the citation."""
     with storage.opened(workdir, mode="read") as work:
         content = citation.build(flags.FLAGS.paper, model, settings, every, work.folder)
     with cli.open_workdir(workdir, own=citation.FILE, skip=SKIPPED) as work:
-        journal.write_text(work.folder / citation.PAGE, page.render(content, plan))
+        journal.write_text(work.folder / citation.PAGE, page.render(content))
         journal.write_json(work.folder / citation.FILE, content)
     return content
 

@@ -51,8 +51,8 @@ _NOTES = (
 )
 
 
-def render(content: Mapping[str, Any], plan: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Return the page. content: of reproduction.json. plan: the estimates of the parts."""
+def render(content: Mapping[str, Any]) -> str:
+    """Return the page. content: of reproduction.json."""
     cells = content["cells"]
     body = html_page.provenance(_head(content)) + html_page.links({FILE: f"{FILE}, for citing"})
     body += html_page.section("Result", _result(content, cells))
@@ -63,8 +63,6 @@ def render(content: Mapping[str, Any], plan: Sequence[Mapping[str, Any]] = ()) -
     if differing := _differing(cells):
         body += html_page.section("Settings that differ from the published evaluation", differing)
     body += html_page.section("Published numbers of other models", _others(content, cells))
-    if plan:
-        body += html_page.section("Plan", _plan(plan))
     notes = "".join(html_page.paragraph(note) for note in _NOTES)
     body += html_page.section("Notes", notes + html_page.details("Digests", _digests(content)))
     model = content["model"].get("model", "no model")
@@ -113,17 +111,19 @@ def _table(cells: Sequence[Mapping[str, Any]]) -> str:
                 "here": _number(cell, released.get("value")),
                 "95 % interval": _interval(cell, released),
                 "n": released.get("n") or strict.get("n"),
-                "benchmark": cell["rows"],
+                "benchmark": None if cell["rows"] is None else f"{cell['rows']:,}",
                 "status": cell["status"],
                 "strict": _number(cell, strict.get("value")),
                 "95 %, strict": _interval(cell, strict),
                 "strict mode": _number(cell, (cell["strict_generation"] or {}).get("value")),
-                "source": cell["source"],
             }
         )
     rows = tables.drop_empty_columns(rows)
-    terms = _COLUMNS | _WORDS
-    return html_page.table(list(rows[0]), [list(row.values()) for row in rows], definitions=terms)
+    sources = "; ".join(dict.fromkeys(cell["source"] for cell in cells))
+    markup = html_page.table(
+        list(rows[0]), [list(row.values()) for row in rows], definitions=_COLUMNS | _WORDS
+    )
+    return markup + html_page.paragraph(f"Published: {sources}.", note=True)
 
 
 def _title(cell: Mapping[str, Any]) -> str:
@@ -194,26 +194,6 @@ def _others(content: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> s
             head = ["task", content["published_model"], *models]
             body += html_page.table(head, rows, caption=title)
     return body
-
-
-def _plan(plan: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        {
-            "part": row["part"],
-            "items": row["items"],
-            "requests": row["requests"],
-            "input tokens": row["tokens_in"],
-            "output tokens, at most": row["tokens_out"],
-            "USD, at most": row["usd"],
-            "judge calls": row["judge_calls"],
-            "judge USD, at most": row["judge_usd"],
-        }
-        for row in plan
-    ]
-    rows = tables.drop_empty_columns(rows)
-    note = "As estimated when this command was started; a resumed part has only what remained."
-    table = html_page.table(list(rows[0]), [list(row.values()) for row in rows])
-    return table + html_page.paragraph(note, note=True)
 
 
 def _digests(content: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@
     images        captions, generated images       BiomedCLIP
     chat          visual chat                      a judge
     interleaved   text with images                 a judge or BiomedCLIP
+    recorded      all of them, of predictions:     nothing else
 
 WORKDIR/paper/PART and, with --strict, WORKDIR/strict/PART are workdirs of eval.run. So each part
 resumes by itself, and one whose judge or scorer is added later does not change the others.
@@ -26,8 +27,6 @@ from medmax_jax.eval.reproduction.published import Cell
 from medmax_jax.eval.tasks.selection import WHOLE, load_eval_set
 
 PAPER, STRICT = "paper", "strict"
-NO_JUDGE = "no judge; set --config.judge.endpoint=NAME@URL"
-NO_SCORER = "no scorer weights; set --config.scorers=biomedclip:FOLDER"
 NOT_SELECTED = "not selected by --tables"
 ITEMS = "items.jsonl"  # of a folder that data.prepare eval_items wrote
 PUBLISHED_JUDGE = "gpt-4o-mini"
@@ -64,9 +63,8 @@ _FAMILIES = {
     "chat": ("visual_chat",),
     "interleaved": ("multimodal",),
 }
-NAMES = tuple(_FAMILIES)
-_TABLE = {"choices": "vqa", "open": "vqa", "images": "images", "chat": "visual_chat",
-          "interleaved": "multimodal"}  # fmt: skip
+RECORDED = "recorded"
+NAMES = (*_FAMILIES, RECORDED)
 
 
 def with_rows(settings: Settings, rows: str, images: str) -> Settings:
@@ -87,7 +85,7 @@ def with_rows(settings: Settings, rows: str, images: str) -> Settings:
     return pinned(settings)
 
 
-def divide(settings: Settings, tables: str, *, strict: bool) -> list[Part]:
+def divide(settings: Settings, model: Model, tables: str, *, strict: bool) -> list[Part]:
     """Return the parts, with those that are not run; tables: names separated by commas, "": all."""
     selected = [name for name in tables.split(",") if name] or list(published.TABLES)
     if unknown := [name for name in selected if name not in published.TABLES]:
@@ -95,12 +93,18 @@ def divide(settings: Settings, tables: str, *, strict: bool) -> list[Part]:
             f"--tables has {unknown[0]!r}; use names from {', '.join(published.TABLES)}"
         )
     found = {item.family for item in load_eval_set(settings).items}
-    modes = [settings, *([strict_settings(settings)] if strict else [])]
+    families = {family for name in selected for family in published.families(name)}
+    by_part = dict(_FAMILIES)
+    if (model.model or settings.model).startswith("predictions:"):  # one file answers all items
+        by_part = {RECORDED: tuple(sorted(families))}
     return [
-        Part(name=name, settings=_of_families(mode, families), reason=reason)
-        for mode in modes
-        for name, families in _FAMILIES.items()
-        for reason in [_reason(mode, name, selected, found)]
+        Part(
+            name=name,
+            settings=_of_families(mode, own),
+            reason=_reason(mode, name, set(own), families, found),
+        )
+        for mode in [settings, *([strict_settings(settings)] if strict else [])]
+        for name, own in by_part.items()
     ]
 
 
@@ -200,23 +204,28 @@ def _of_families(settings: Settings, families: Sequence[str]) -> Settings:
     return dataclasses.replace(settings, counts=dataclasses.replace(settings.counts, **counts))
 
 
-def _reason(settings: Settings, name: str, selected: Sequence[str], found: set[str]) -> str:
+def _reason(
+    settings: Settings, name: str, own: set[str], selected: set[str], found: set[str]
+) -> str:
     judge = bool(settings.judge.endpoint)
     clip = any(scorer.startswith("biomedclip:") for scorer in settings.scorers)
-    if _TABLE[name] not in selected:
+    if not own & selected:
         return NOT_SELECTED
-    if not found & set(_FAMILIES[name]):
+    if not own & found:
         return scores.NO_ROWS
     if name in ("open", "chat") and not judge:
-        return NO_JUDGE
+        return scores.NO_JUDGE
     if name == "images" and not clip:
-        return NO_SCORER
-    return f"{NO_JUDGE}, or {NO_SCORER}" if name == "interleaved" and not judge | clip else ""
+        return scores.NO_SCORER
+    either = f"{scores.NO_JUDGE}; or {scores.NO_SCORER}"
+    return either if name == "interleaved" and not judge | clip else ""
 
 
 def reason_of(cell: Cell, parts: Sequence[Part]) -> str:
     """Return why the part of a cell is not run, or ""."""
-    reasons: Mapping[str, str] = {part.name: part.reason for part in parts}
+    reasons = {part.name: part.reason for part in parts if part.settings.mode == PAPER}
+    if RECORDED in reasons:
+        return reasons[RECORDED]
     return next(reasons[name] for name, families in _FAMILIES.items() if cell.family in families)
 
 

@@ -105,6 +105,11 @@ PAPERS = {
 }
 
 
+def families(table: str) -> list[str]:
+    """Return the families of tasks whose numbers are in a table."""
+    return [family for family, name in _TABLE_OF_FAMILY.items() if name == table]
+
+
 def models() -> list[str]:
     """Return the models and references that have published numbers."""
     return list(dict.fromkeys(one.model for *_, scores in _places() for one in scores))

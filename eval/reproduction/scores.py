@@ -25,6 +25,8 @@ from medmax_jax.io.text_files import read_json_object
 REPRODUCED, DIFFERS, FEW = "reproduced", "differs", "too few items"
 NO_SCORE, NOT_RUN = "no score", "not run"
 NO_ROWS = "no rows of it in --rows"
+NO_JUDGE = "no judge; set --config.judge.endpoint=NAME@URL"
+NO_SCORER = "no scorer weights; set --config.scorers=biomedclip:FOLDER"
 WIDEST = 0.1  # half an interval, as a share or a cosine; a wider one includes most other models too
 _PLACES = 9  # decimals of a number in a citation
 
@@ -106,7 +108,7 @@ def _of_task(cell: Cell, parts: Sequence[Answers]) -> tuple[Any, Any, str]:
     items = release.release_items(records, inputs, cell.metric)
     if not items:
         score = release.release_scores(records, inputs).get(cell.metric)
-        missing = f"no {'judge' if 'judge' in cell.metric else 'BiomedCLIP weights'} in this part"
+        missing = NO_JUDGE if cell.metric.startswith("judge_") else NO_SCORER
         return None, strict, score["paper_why"] if score else missing
     span = None if cell.metric == "judge_relative" else per_record.span(cell.metric)
     groups, values = zip(*items, strict=True)
