@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": ("medmax_jax.eval.compare", "compare two evaluations with paired tests"),
     "report": ("medmax_jax.eval.report", "render the report page of an evaluation again"),
     "reproduce": ("medmax_jax.eval.reproduce", "reproduce every number of a paper's tables"),
+    "leaderboard": ("medmax_jax.eval.leaderboard", "rank several evaluations in one table"),
     "suite": ("medmax_jax.eval.suite", "list the tasks of the suite with published scores"),
 }
 

@@ -74,10 +74,10 @@ def compare(
     names: what the result calls them; None: their paths.
     """
     resampling = intervals.Resampling(seed, resamples)
-    sides = [_Evaluation(_records(Path(f)), per_record.read(f)) for f in (first, second)]
+    sides = [_Evaluation(read_records(Path(f)), per_record.read(f)) for f in (first, second)]
     shared = [name for name in sides[0].records if name in sides[1].records]
     for name in shared:
-        _check_same(sides[0].records[name], sides[1].records[name])
+        check_same(sides[0].records[name], sides[1].records[name])
     left_out_scorers = _different_scorers(*(side.inputs for side in sides))
     scores = [
         aggregate.scores_by_item([side.records[name] for name in shared], side.inputs)
@@ -215,7 +215,8 @@ def _without(scores: Mapping, prefixes: Mapping[str, str]) -> dict:
     return {key: side for key, side in scores.items() if not key[1].startswith(tuple(prefixes))}
 
 
-def _records(folder: Path) -> dict[str, dict[str, Any]]:
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a workdir by id; raise ComparisonError where there are none."""
     path = folder / "records.jsonl"
     if not path.exists():
         raise ComparisonError(f"{path} is missing; name a workdir that eval.run wrote")
@@ -223,7 +224,8 @@ def _records(folder: Path) -> dict[str, dict[str, Any]]:
     return {record["id"]: record for record in journal.read_jsonl(path, RECORD)}
 
 
-def _check_same(first_record: Mapping[str, Any], second_record: Mapping[str, Any]) -> None:
+def check_same(first_record: Mapping[str, Any], second_record: Mapping[str, Any]) -> None:
+    """Raise ComparisonError where two records of one id are of different items."""
     credentialed = per_record.is_credentialed(first_record) or per_record.is_credentialed(
         second_record
     )

@@ -79,7 +79,8 @@ def write(
     )
     body += html_page.browser(entries)
     title = f"Items of {summary['model']}"
-    journal.write_text(workdir / PAGE, html_page.document(title, body, scripted=True))
+    markup = html_page.document(title, body, script=html_page.SCRIPT)
+    journal.write_text(workdir / PAGE, markup)
     journal.write_text(workdir / TABLE, csv_files.csv_text(COLUMNS, rows))
 
 
