@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax import arguments
-from medmax_jax.eval.config import RECORD, EvalError
+from medmax_jax.eval.config import RECORD
 from medmax_jax.eval.metrics import per_record
-from medmax_jax.eval.reporting import page
+from medmax_jax.eval.reporting import page, tables
 from medmax_jax.io import journal
 from medmax_jax.io.errors import printable_text
-from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.storage import hub, workdir
 from medmax_jax.storage.folder import StorageError
 
@@ -35,12 +34,7 @@ def rewrite_report(evaluated: str | Path, images: str) -> Path:
     """Rewrite the page of a workdir and return its path."""
     evaluated = Path(evaluated)
     per_record.check_names(evaluated.glob("*.json*"))
-    try:
-        summary = read_json_object(evaluated / "summary.json")
-    except TextFileError as error:
-        raise EvalError(
-            f"{evaluated}: no finished evaluation ({error}); run eval.run to the end"
-        ) from error
+    summary = tables.read_summary(evaluated)
     records = journal.read_jsonl(evaluated / "records.jsonl", RECORD)
     folder = Path(images) if images else images_folder(summary)
     page.write(evaluated / "report.html", summary, records, images_folder=folder)

@@ -58,6 +58,7 @@ PROGRAMS = (
     *(f"medmax_jax.{name}" for name in ("convert", "plan", "scaling", "sweep")),
     *("data.prepare", "data.objective", "data.tfds_builders", "data.sample.build"),
     *("data.sample.train_tokenizer", "eval.run", "eval.report", "eval.compare", "eval.suite"),
+    *("eval.reproduce", "eval.leaderboard", "eval.export"),
 )
 
 

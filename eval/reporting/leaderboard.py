@@ -18,12 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.reporting import comparison, definitions, tables
 from medmax_jax.eval.stats import intervals, paired_tests
 from medmax_jax.io import csv_files, html_page
-from medmax_jax.io.text_files import TextFileError, read_json_object
 
 MEAN = "mean"  # the column of the mean over the tasks
 _TERMS = {
@@ -163,25 +161,14 @@ def as_csv(board: Leaderboard) -> str:
 
 
 def _read(where: str, folder: Path) -> _Run:
-    try:
-        summary = read_json_object(folder / "summary.json")
-    except TextFileError as error:
-        raise EvalError(
-            f"{where}: no finished evaluation ({error}); run eval.run to the end"
-        ) from error
-    judge = summary.get("judge") or {}
-    model = " + ".join(_short(summary[name]) for name in ("model", "adapter") if summary.get(name))
+    summary = tables.read_summary(folder, where)
+    judge, names = summary.get("judge") or {}, [summary["model"], summary.get("adapter", "")]
     return _Run(
         where=where,
-        model=model,
+        model=" + ".join(tables.without_folder(name) for name in names if name),
         records=comparison.read_records(folder),
         inputs=per_record.read(folder, judge=judge.get("judge")),
     )
-
-
-def _short(name: str) -> str:
-    """Return the last part of a path of this machine; any other name unchanged."""
-    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _of_the_same_items(runs: Sequence[_Run]) -> tuple[list[_Run], list[str]]:
@@ -245,25 +232,25 @@ def _columns(
     columns: dict[str, _Column] = {}
     left_out = []
     for task, metric in dict.fromkeys(key for table in scores.values() for key in table):
-        tables = {
+        having = {
             where: table[task, metric] for where, table in scores.items() if (task, metric) in table
         }
-        if task in columns or len(tables) < 2:
+        if task in columns or len(having) < 2:
             continue
-        ids = set.intersection(*map(set, tables.values()))
+        ids = set.intersection(*map(set, having.values()))
         if not ids:
             left_out.append(
-                f"{task} {metric}: no item has a score in all {len(tables)} of its runs"
+                f"{task} {metric}: no item has a score in all {len(having)} of its runs"
             )
             continue
         parts = {}
-        for where, table in tables.items():
+        for where, table in having.items():
             groups, values = zip(*(table[name] for name in sorted(ids)), strict=True)
             parts[where] = [(values, groups)]
             if len(table) > len(ids):
                 only = len(table) - len(ids)
                 left_out.append(f"{where}: {only} items of {task} that another run did not answer")
-        left_out += [f"{where}: no {metric} of {task}" for where in scores if where not in tables]
+        left_out += [f"{where}: no {metric} of {task}" for where in scores if where not in having]
         columns[task] = _Column(metric=metric, span=per_record.span(metric), parts=parts)
     if not columns:
         raise comparison.ComparisonError("no task has a score in two of the evaluations")

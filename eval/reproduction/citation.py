@@ -19,6 +19,7 @@ from medmax_jax import __version__
 from medmax_jax.config import to_dict
 from medmax_jax.environment import environment, git_commit
 from medmax_jax.eval.config import EvalError, Settings
+from medmax_jax.eval.reporting import tables
 from medmax_jax.eval.reproduction import parts as reproduction_parts
 from medmax_jax.eval.reproduction import published, scores
 from medmax_jax.eval.reproduction.parts import PAPER, STRICT, Part
@@ -176,13 +177,10 @@ def _model(answers: Sequence[scores.Answers]) -> dict[str, Any]:
     if not answers:
         return {}
     first = answers[0]
-    names = {name: _without_folder(first.summary[name]) for name in ("kind", "model", "adapter")}
+    names = {
+        name: tables.without_folder(first.summary[name]) for name in ("kind", "model", "adapter")
+    }
     return names | {"digest": first.run["model"], "adapter_digest": first.run["adapter"]}
-
-
-def _without_folder(name: str) -> str:
-    """Return a name without the folders of this machine that it is in."""
-    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _file(name: str) -> dict[str, str]:

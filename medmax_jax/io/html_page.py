@@ -135,8 +135,9 @@ td small { display: block; color: var(--soft); font-size: .8rem; }
 td small + small { color: var(--ink); }
 th button { font: inherit; color: inherit; text-align: inherit; background: none; border: 0;
   padding: 0; cursor: pointer; }
-th[aria-sort] button::after { content: " ▾"; color: var(--mark); }
-th[aria-sort=ascending] button::after { content: " ▴"; }
+th button::after { content: " ↕"; font-weight: 400; }
+th[aria-sort] button::after { content: " ↓"; color: var(--mark); }
+th[aria-sort=ascending] button::after { content: " ↑"; }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .45rem; }
 """
 

@@ -12,7 +12,9 @@ import PIL.Image
 import pytest
 from test_compare import write as write_evaluation
 from test_eval_report import make_workdir, rows
+from test_leaderboard import finished, texts
 from test_quickstart import page_with_markup
+from test_reproduce import reproduce, settings_of, write_released
 from test_samples import ROOT, TINY
 
 from medmax_jax import config
@@ -20,7 +22,8 @@ from medmax_jax.configs import tiny
 from medmax_jax.data import prepare
 from medmax_jax.data.records.reader import open_records
 from medmax_jax.environment import environment
-from medmax_jax.eval.reporting import comparison, page
+from medmax_jax.eval.reporting import comparison, leaderboard, page
+from medmax_jax.eval.reproduction import page as reproduction_page
 from medmax_jax.generation import model_bundle
 from medmax_jax.generation.model_bundle import Image, Text
 from medmax_jax.generation.output_files import OutputFolder, Prompt
@@ -64,6 +67,26 @@ def compared(folder):
     markup = comparison.render(result, "one", "two", facts=[side, side, environment()])
     (folder / "comparison.html").write_text(markup)
     return folder / "comparison.html"
+
+
+def ranked(folder):
+    answers = (("one", 58, 30), ("two", 40, 30), ("three", 12, 31))
+    runs = {
+        name: finished(folder / name, {"vqa_closed": texts(a), "vqa_open": texts(b)}, name)
+        for name, a, b in answers
+    }
+    board = leaderboard.build(runs, seed=0, resamples=2_000)
+    markup = leaderboard.render(board, facts=dict(seed=0) | environment())
+    (folder / "leaderboard.html").write_text(markup)
+    return folder / "leaderboard.html"
+
+
+def reproduced(folder):
+    (folder / "released").mkdir()
+    released = write_released(folder / "released")
+    content, _ = reproduce(settings_of(released), released, folder)
+    (folder / "reproduction.html").write_text(reproduction_page.render(content))
+    return folder / "reproduction.html"
 
 
 def gallery(folder):
@@ -114,7 +137,18 @@ def quickstart(folder):
 
 @pytest.mark.parametrize(
     "make",
-    [evaluation, items, compared, gallery, record_stats, law, training_samples, quickstart],
+    [
+        evaluation,
+        items,
+        compared,
+        ranked,
+        reproduced,
+        gallery,
+        record_stats,
+        law,
+        training_samples,
+        quickstart,
+    ],
 )
 def test_pages_are_accessible_and_never_scroll_sideways(make, browser, tmp_path):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
@@ -166,3 +200,29 @@ def test_the_item_browser_filters_under_its_policy(browser, tmp_path):
     plain.goto(address)
     assert plain.locator("details.entry:visible").count() == total
     assert not plain.locator("form").is_visible()
+
+
+def test_the_leaderboard_sorts_under_its_policy(browser, tmp_path):
+    address = ranked(tmp_path).as_uri()
+    opened, messages = browser.new_page(), []
+    opened.on("console", lambda message: messages.append(message.text))
+    opened.on("request", lambda request: messages.append(request.url))
+    opened.goto(address)
+
+    def order():
+        return opened.locator("table.sortable tbody td:first-child").all_inner_texts()
+
+    assert order() == ["one", "two", "three"]
+    head = opened.locator("th", has_text="vqa_open")
+    head.locator("button").press("Enter")
+    assert order() == ["three", "one", "two"] and head.get_attribute("aria-sort") == "descending"
+    head.locator("button").click()
+    assert order() == ["one", "two", "three"] and head.get_attribute("aria-sort") == "ascending"
+    opened.locator("th", has_text="model").locator("button").click()
+    assert order() == ["one", "three", "two"] and head.get_attribute("aria-sort") is None
+    assert messages == [address]
+    opened.close()
+    plain = browser.new_context(java_script_enabled=False).new_page()
+    plain.goto(address)
+    assert plain.locator("table.sortable tbody tr:visible").count() == 3
+    assert plain.locator("th button").count() == 0
