@@ -22,7 +22,8 @@ _STATUS: Mapping[str, html_page.Status] = {
 _WORDS = {
     scores.REPRODUCED: "the published number is within the 95 % interval of the number computed "
     "here, which is scored as the release does",
-    scores.DIFFERS: "it is outside of the interval; the settings that differ are listed below",
+    scores.DIFFERS: "the published number is outside of the interval; the settings that differ are "
+    "listed below",
     scores.FEW: f"fewer than {intervals.FEW} groups (patients or volumes), or an interval that "
     "includes the published number and is wider than ±10 points (cosines: ±0.1), so it decides "
     "nothing",
@@ -46,6 +47,7 @@ _NOTES = (
     "“Reproduced” means that the difference is no larger than chance explains on these items, with "
     "half a printed digit added (tables), or ±0.01 for cosines and ±0.5 for scores (charts, read "
     "by eye).",
+    f"{tables.FEW_MARK}: fewer than {intervals.FEW} groups; the interval is approximate.",
     "Which rows the paper evaluated is known only to those with access to the released parquet. "
     "With rows from elsewhere, the items differ from the paper's.",
 )
@@ -91,7 +93,7 @@ def _result(content: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> s
     verdicts = [
         html_page.Verdict(
             _STATUS.get(status, "neutral"),
-            f"{counts[status]} {status}",
+            f"{status.capitalize()}: {counts[status]} of {len(cells)}",
             f"{words[0].upper()}{words[1:]}.",
         )
         for status, words in _WORDS.items()
@@ -182,17 +184,19 @@ def _others(content: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> s
     for name, title in published.TABLES.items():
         own = [cell for cell in cells if cell["table"] == name]
         models = list(dict.fromkeys(o["model"] for cell in own for o in cell["others"]))
-        rows = []
+        rows, notes = [], ""
         for cell in own:
-            values: dict[str, list[str]] = {}
-            for one in cell["others"]:
-                text = _number(cell, one["value"]) or ""
-                values.setdefault(one["model"], []).append(text)
-            texts = [", ".join(values.get(model, ())) or None for model in models]
-            rows.append([_title(cell), _number(cell, cell["published"]), *texts])
+            values = {o["model"]: _number(cell, o["value"]) for o in reversed(cell["others"])}
+            rows.append([_title(cell), _number(cell, cell["published"]), *map(values.get, models)])
+            stated = set()
+            for other in cell["others"]:
+                if other["model"] in stated:
+                    also = f"{_title(cell)}, {other['model']}: also {_number(cell, other['value'])}"
+                    notes += html_page.paragraph(f"{also}, by {other['source']}.", note=True)
+                stated.add(other["model"])
         if rows:
             head = ["task", content["published_model"], *models]
-            body += html_page.table(head, rows, caption=title)
+            body += html_page.table(head, rows, caption=title) + notes
     return body
 
 
