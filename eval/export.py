@@ -11,10 +11,9 @@ from pathlib import Path
 
 from medmax_jax import arguments
 from medmax_jax.endpoints import egress
-from medmax_jax.eval.config import RECORD
 from medmax_jax.eval.metrics import per_record
+from medmax_jax.eval.records import read_records
 from medmax_jax.eval.reporting import hub_results, lmms_eval, tables
-from medmax_jax.io import journal
 from medmax_jax.io.errors import printable_text
 from medmax_jax.storage import workdir
 from medmax_jax.storage.folder import StorageError
@@ -47,15 +46,15 @@ def export(
     evaluated: Path, out: Path, form: str, *, source_url: str = ""
 ) -> tuple[list[Path], list[str]]:
     """Write an evaluation in a form of FORMATS; return the files, and notes on what they lack."""
-    summary = tables.read_summary(evaluated)
+    summary = tables.finished_summary(evaluated)
     if form == "hf_eval_results":
         return hub_results.write(out, summary, source_url=source_url)
     per_record.check_names(evaluated.glob("*.json*"))
-    records = journal.read_jsonl(evaluated / "records.jsonl", RECORD)
-    judge = summary.get("judge") or {}
+    records = read_records(evaluated / "records.jsonl")
+    judge = summary.judge or {}
     inputs = per_record.read(evaluated, judge=judge.get("judge"))
     files, notes = lmms_eval.write(out, summary, records, inputs)
-    classes = collections.Counter(r.get("data_class", egress.LICENCE_BOUND) for r in records)
+    classes = collections.Counter(record.data_class for record in records)
     if bound := classes[egress.LICENCE_BOUND]:
         notes.append(f"{bound} samples are licence-bound: check their terms before publishing them")
     return files, notes

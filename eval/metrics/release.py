@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.eval.metrics import per_record, strict
-from medmax_jax.eval.metrics.per_record import Record, ScoringInputs
+from medmax_jax.eval.metrics.per_record import ScoringInputs
+from medmax_jax.eval.records import EvalRecord
 
 FOLDER = Path(__file__).parents[1] / "prompts"
 JUDGE = "gpt-4o-mini"  # called once, at the endpoint's own temperature
@@ -205,13 +206,15 @@ def _prompt(name: str) -> str:
 CLIP = "biomedclip"  # the only scorer that the release has
 
 
-def release_scores(records: Sequence[Record], inputs: ScoringInputs) -> dict[str, dict[str, Any]]:
+def release_scores(
+    records: Sequence[EvalRecord], inputs: ScoringInputs
+) -> dict[str, dict[str, Any]]:
     """Return metric -> {paper, paper_n, paper_why} of the records of one task."""
-    family = records[0]["family"]
+    family = records[0].family
     if family == "vqa_closed":
-        return {"accuracy": _score(_mean, [closed(r["text"], r["answer"]) for r in records])}
+        return {"accuracy": _score(_mean, [closed(r.text, r.answer) for r in records])}
     if family == "vqa_mcq":
-        return {"accuracy": _score(_mean, [choice(r["text"], r["answer"]) for r in records])}
+        return {"accuracy": _score(_mean, [choice(r.text, r.answer) for r in records])}
     if family == "vqa_open":
         replies = _replies(records, inputs, per_record.PAPER_OPEN)
         if replies is None:
@@ -237,20 +240,20 @@ def release_scores(records: Sequence[Record], inputs: ScoringInputs) -> dict[str
 
 
 def release_items(
-    records: Sequence[Record], inputs: ScoringInputs, metric: str
+    records: Sequence[EvalRecord], inputs: ScoringInputs, metric: str
 ) -> list[tuple[str, float]]:
     """Return (group, value) of the items whose mean is the release's score of a metric.
 
     The release states no interval; these values allow one over groups. Returns [] where the release
     has no score, for whatever reason `release_scores` states.
     """
-    family, rows = records[0]["family"], []
+    family, rows = records[0].family, []
     if release_scores(records, inputs).get(metric, {}).get("paper") is None:
         return []
     match metric:
         case "accuracy":
             right = closed if family == "vqa_closed" else choice
-            rows = [(r, right(r["text"], r["answer"])) for r in records]
+            rows = [(r, right(r.text, r.answer)) for r in records]
         case "judge_correct":
             replies = _replies(records, inputs, per_record.PAPER_OPEN) or []
             verdicts = [(record, parse_judgment(reply)) for record, reply in replies]
@@ -264,7 +267,7 @@ def release_items(
             rows = rows[:FIRST_ROWS] if family == "image_generation" else rows
         case "clip_image_image":
             rows = _cosines(records, inputs.image_scores[CLIP], "image_image")
-    return [(record["group"], float(value)) for record, value in rows]
+    return [(record.group, float(value)) for record, value in rows]
 
 
 def _score(score: Callable[[Sequence], float], values: Sequence) -> dict[str, Any]:
@@ -287,22 +290,22 @@ def _ratio(replies: Sequence[str]) -> float:
 
 
 def _replies(
-    records: Sequence[Record], inputs: ScoringInputs, kind: str
-) -> list[tuple[Record, str]] | None:
+    records: Sequence[EvalRecord], inputs: ScoringInputs, kind: str
+) -> list[tuple[EvalRecord, str]] | None:
     """Return the unchanged replies; None where no judge received the release's messages."""
     lines = inputs.judgments.get(kind)
     if lines is None:
         return None
-    return [(r, lines[r["id"]]["votes"][0]) for r in records if lines.get(r["id"], {}).get("votes")]
+    return [(r, lines[r.id]["votes"][0]) for r in records if lines.get(r.id, {}).get("votes")]
 
 
 def _cosines(
-    records: Sequence[Record], lines: Mapping[str, Mapping], name: str
-) -> list[tuple[Record, float]]:
+    records: Sequence[EvalRecord], lines: Mapping[str, Mapping], name: str
+) -> list[tuple[EvalRecord, float]]:
     """Return the cosines of the first images; as the release prepares them, where that differs."""
     cosines = []
     for record in records:
-        line = lines.get(record["id"], {})
+        line = lines.get(record.id, {})
         values = line.get(f"{name}_released", line.get(name))
         cosines += [(record, values[0])] if values else []
     return cosines

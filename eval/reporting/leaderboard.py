@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.eval.metrics import aggregate, per_record
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.eval.reporting import comparison, definitions, tables
 from medmax_jax.eval.stats import intervals, paired_tests
 from medmax_jax.io import csv_files, html_page
@@ -55,7 +56,7 @@ class Leaderboard:
 class _Run:
     where: str
     model: str
-    records: Mapping[str, Mapping[str, Any]]
+    records: Mapping[str, EvalRecord]
     inputs: per_record.ScoringInputs
 
 
@@ -161,12 +162,12 @@ def as_csv(board: Leaderboard) -> str:
 
 
 def _read(where: str, folder: Path) -> _Run:
-    summary = tables.read_summary(folder, where)
-    judge, names = summary.get("judge") or {}, [summary["model"], summary.get("adapter", "")]
+    summary = tables.finished_summary(folder, where)
+    judge, names = summary.judge or {}, (summary.model, summary.adapter)
     return _Run(
         where=where,
         model=" + ".join(tables.without_folder(name) for name in names if name),
-        records=comparison.read_records(folder),
+        records=comparison.records_by_id(folder),
         inputs=per_record.read(folder, judge=judge.get("judge")),
     )
 

@@ -17,27 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.eval.metrics import aggregate, per_record
+from medmax_jax.eval.records import EvalRecord, is_credentialed
 from medmax_jax.eval.reporting import comparison, tables
+from medmax_jax.eval.results import Summary
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import catalog
 from medmax_jax.io import journal
 
 FILTER = "none"  # lmms-eval's name of no filter; a key is METRIC,FILTER
 MISSING = "N/A"  # of a standard error that does not exist
-Record = Mapping[str, Any]
 
 
 def write(
     out: Path,
-    summary: Mapping[str, Any],
-    records: Sequence[Record],
+    summary: Summary,
+    records: Sequence[EvalRecord],
     inputs: per_record.ScoringInputs,
 ) -> tuple[list[Path], list[str]]:
     """Write the files and return them, and what was left out and why.
 
     Raises OSError where a file cannot be written.
     """
-    name = tables.without_folder(summary["model"])
+    name = tables.without_folder(summary.model)
     folder = out / re.sub(r"[\"<>:/|\\?*\[\]]+", "__", "/".join(name.split("/")[-2:]))
     folder.mkdir(parents=True, exist_ok=True)
     stamp = _stamp(summary)
@@ -48,7 +49,7 @@ def write(
         kept = [
             line
             for line, record in zip(lines, task_records, strict=True)
-            if not per_record.is_credentialed(record)
+            if not is_credentialed(record)
         ]
         if len(kept) < len(lines):
             missing = len(lines) - len(kept)
@@ -62,7 +63,7 @@ def write(
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             journal.write_text(files[-1], text)
     results = _results(summary, by_task, inputs)
-    facts = {"task_hashes": hashes, "model_source": summary.get("kind", ""), "model_name": name}
+    facts = {"task_hashes": hashes, "model_source": summary.kind, "model_name": name}
     facts |= {"model_name_sanitized": folder.name, "git_hash": _environment(summary, "commit")}
     files.append(folder / f"{stamp}_results.json")
     journal.write_json(files[-1], results | facts)
@@ -70,25 +71,25 @@ def write(
 
 
 def _results(
-    summary: Mapping[str, Any],
-    by_task: Mapping[str, Sequence[Record]],
+    summary: Summary,
+    by_task: Mapping[str, Sequence[EvalRecord]],
     inputs: per_record.ScoringInputs,
 ) -> dict[str, Any]:
     """Return the content of the results file, without the facts about the run."""
     results: dict[str, dict[str, Any]] = {task: {"alias": task} for task in by_task}
     higher: dict[str, dict[str, bool]] = {task: {} for task in by_task}
-    for row in summary["scores"]:
-        task, metric = row["task"], re.sub(r"[\s,]+", "_", row["metric"])
-        error = _standard_error(by_task[task], row["metric"], inputs)
-        results[task][f"{metric},{FILTER}"] = row["value"]
+    for row in summary.scores:
+        task, metric = row.task, re.sub(r"[\s,]+", "_", row.metric)
+        error = _standard_error(by_task[task], row.metric, inputs)
+        results[task][f"{metric},{FILTER}"] = row.value
         results[task][f"{metric}_stderr,{FILTER}"] = MISSING
         results[task][f"{metric}_stderr_clustered,{FILTER}"] = error
-        higher[task][metric] = row["metric"] not in comparison.LOWER_IS_BETTER
-    settings = summary["settings"]
+        higher[task][metric] = row.metric not in comparison.LOWER_IS_BETTER
+    settings = summary.settings
     return {
         "results": results,
         "group_subtasks": {task: [] for task in by_task},
-        "configs": {task: _config(task, records, settings) for task, records in by_task.items()},
+        "configs": {task: _config(task, records[0], settings) for task, records in by_task.items()},
         "versions": dict.fromkeys(by_task, _environment(summary, "medmax_jax")),
         "n-shot": dict.fromkeys(by_task, 0),
         "higher_is_better": higher,
@@ -97,9 +98,9 @@ def _results(
             for task, records in by_task.items()
         },
         "config": {
-            "model": summary.get("kind", ""),
-            "model_args": f"model={tables.without_folder(summary['model'])}",
-            "adapter": tables.without_folder(summary.get("adapter") or ""),
+            "model": summary.kind,
+            "model_args": f"model={tables.without_folder(summary.model)}",
+            "adapter": tables.without_folder(summary.adapter),
             "gen_kwargs": settings.get("sample"),
             "random_seed": settings.get("seed"),
         },
@@ -107,27 +108,27 @@ def _results(
     }
 
 
-def _sample(number: int, record: Record, inputs: per_record.ScoringInputs) -> dict[str, Any]:
+def _sample(number: int, record: EvalRecord, inputs: per_record.ScoringInputs) -> dict[str, Any]:
     """Return the line of an item; `score`: its headline, which lmms-eval's --baseline reads."""
     values = aggregate.record_values(record, inputs)
     fields = ("id", "prompt", "answer", "image")
-    doc = json.dumps([record[name] for name in fields], ensure_ascii=False)
+    doc = json.dumps([getattr(record, name) for name in fields], ensure_ascii=False)
     line = {
         "doc_id": number,
-        "target": str(record["answer"]),
-        "filtered_resps": record["text"],
+        "target": str(record.answer),
+        "filtered_resps": record.text,
         "doc_hash": _hash(doc),
-        "input": record["prompt"],
-        "id": record["id"],
+        "input": record.prompt,
+        "id": record.id,
     }
     return line | values | ({"score": next(iter(values.values()))} if values else {})
 
 
 def _standard_error(
-    records: Sequence[Record], metric: str, inputs: per_record.ScoringInputs
+    records: Sequence[EvalRecord], metric: str, inputs: per_record.ScoringInputs
 ) -> float | str:
     """Return the standard error over groups; MISSING of one group, or of a ratio of means."""
-    values = [(r["group"], aggregate.record_values(r, inputs)) for r in records]
+    values = [(r.group, aggregate.record_values(r, inputs)) for r in records]
     scored = [(group, scores[metric]) for group, scores in values if metric in scores]
     if not scored:
         return MISSING
@@ -136,8 +137,8 @@ def _standard_error(
     return MISSING if intervals.finite(error) is None else error
 
 
-def _config(task: str, records: Sequence[Record], settings: Mapping[str, Any]) -> dict[str, Any]:
-    spec = catalog.task_spec(task, records[0]["family"])
+def _config(task: str, first: EvalRecord, settings: Mapping[str, Any]) -> dict[str, Any]:
+    spec = catalog.task_spec(task, first.family)
     return {
         "task": task,
         "dataset_path": spec.source if spec else "",
@@ -147,11 +148,11 @@ def _config(task: str, records: Sequence[Record], settings: Mapping[str, Any]) -
     }
 
 
-def _environment(summary: Mapping[str, Any], name: str) -> str:
-    return str(summary.get("environment", {}).get(name, ""))
+def _environment(summary: Summary, name: str) -> str:
+    return str(summary.environment.get(name, ""))
 
 
-def _stamp(summary: Mapping[str, Any]) -> str:
+def _stamp(summary: Summary) -> str:
     """Return the date of the evaluation as lmms-eval writes it in names: 20261129_094300."""
     date = _environment(summary, "date")
     try:

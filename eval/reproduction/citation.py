@@ -43,7 +43,7 @@ def build(
     found = _read(workdir, [part.folder for part in parts if not part.reason])
     answers = {mode: _of_mode(found, mode) for mode in (PAPER, STRICT)}
     everything = [*answers[PAPER], *answers[STRICT]]
-    kind = everything[0].summary["kind"] if everything else ""
+    kind = everything[0].summary.kind if everything else ""
     return {
         "schema": SCHEMA,
         "paper": PAPERS[paper].title,
@@ -55,7 +55,7 @@ def build(
             "code": code_digests(),
             "prompts": _digest(_EVAL.glob("prompts/*.txt")),
             "judge": _judge(settings, everything),
-            "encoders": _merged(part.summary["scorers"] for part in everything),
+            "encoders": _merged(part.summary.scorers for part in everything),
         },
         "settings": _settings(settings),
         "parts": {part.folder: _part(part, found) for part in parts},
@@ -177,9 +177,9 @@ def _model(answers: Sequence[scores.Answers]) -> dict[str, Any]:
     if not answers:
         return {}
     first = answers[0]
-    names = {
-        name: tables.without_folder(first.summary[name]) for name in ("kind", "model", "adapter")
-    }
+    fields = ("kind", "model", "adapter")
+    values = (getattr(first.summary, name) for name in fields)
+    names = dict(zip(fields, map(tables.without_folder, values), strict=True))
     return names | {"digest": first.run["model"], "adapter_digest": first.run["adapter"]}
 
 
@@ -189,7 +189,7 @@ def _file(name: str) -> dict[str, str]:
 
 
 def _judge(settings: Settings, answers: Sequence[scores.Answers]) -> dict[str, Any] | None:
-    judges = [part.summary["judge"] for part in answers if part.summary.get("judge")]
+    judges = [part.summary.judge for part in answers if part.summary.judge]
     if not judges:
         return None
     fingerprints = list(dict.fromkeys(judge["judge"] for judge in judges))
@@ -215,7 +215,7 @@ def _part(part: Part, found: Mapping[str, scores.Answers]) -> dict[str, Any]:
         "answers": answers.digest,
         "items": len(answers.records),
         "items_digest": answers.run["items"],
-        "errors": answers.summary["errors"],
+        "errors": answers.summary.errors,
     }
 
 

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmax_jax.eval.config import RECORD
 from medmax_jax.eval.metrics import aggregate, per_record, release
+from medmax_jax.eval.records import EvalRecord, read_records
 from medmax_jax.eval.reproduction import published
 from medmax_jax.eval.reproduction.published import Cell
+from medmax_jax.eval.results import SUMMARY, Summary, read_summary
 from medmax_jax.eval.stats import intervals
-from medmax_jax.io import journal
 from medmax_jax.io.text_files import read_json_object
 
 REPRODUCED, DIFFERS, FEW = "reproduced", "differs", "too few items"
@@ -35,27 +35,27 @@ _PLACES = 9  # decimals of a number in a citation
 class Answers:
     """Holds the answers of one finished part, and what their scores depend on."""
 
-    records: Sequence[Mapping[str, Any]]
+    records: Sequence[EvalRecord]
     inputs: per_record.ScoringInputs
     resampling: intervals.Resampling
-    summary: Mapping[str, Any]
+    summary: Summary
     run: Mapping[str, Any]
 
     @property
     def digest(self) -> str:
         """Return the SHA-256 of what the model answered, by item."""
-        lines = [[r["id"], r["text"], list(r["images"]), r.get("error", "")] for r in self.records]
+        lines = [[r.id, r.text, list(r.generated), r.error] for r in self.records]
         return hashlib.sha256(json.dumps(sorted(lines)).encode()).hexdigest()
 
 
 def read_answers(folder: Path) -> Answers | None:
     """Return the answers of a part; None where it was not run to its end."""
-    if not (folder / "summary.json").is_file():
+    if not (folder / SUMMARY).is_file():
         return None
-    summary = read_json_object(folder / "summary.json")
-    judge, settings = summary.get("judge") or {}, summary["settings"]
+    summary = read_summary(folder)
+    judge, settings = summary.judge or {}, summary.settings
     return Answers(
-        records=journal.read_jsonl(folder / "records.jsonl", RECORD),
+        records=read_records(folder / "records.jsonl"),
         inputs=per_record.read(folder, judge=judge.get("judge")),
         resampling=intervals.Resampling(settings["seed"], settings["resamples"]),
         summary=summary,
@@ -101,7 +101,7 @@ def _of_task(cell: Cell, parts: Sequence[Answers]) -> tuple[Any, Any, str]:
         if records:
             break
     else:
-        stated = [row for part in parts for row in part.summary["not_run"]]
+        stated = [row for part in parts for row in part.summary.not_run]
         return None, None, next((row["why"] for row in stated if row["task"] == cell.task), NO_ROWS)
     inputs, resampling = answers.inputs, answers.resampling
     strict = _strict_row(records, cell.metric, inputs, resampling)
@@ -115,22 +115,22 @@ def _of_task(cell: Cell, parts: Sequence[Answers]) -> tuple[Any, Any, str]:
     return _mean(values, groups, resampling, span).row(), strict, ""
 
 
-def _belongs(record: Mapping[str, Any], cell: Cell) -> bool:
+def _belongs(record: EvalRecord, cell: Cell) -> bool:
     """Return whether a record is of a cell; one published number is over all of a family."""
     if cell.task == published.CHAT_OVERALL or cell.family == "multimodal":
-        return record["family"] == cell.family
-    return record["task"] == cell.task
+        return record.family == cell.family
+    return record.task == cell.task
 
 
 def _strict_row(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[EvalRecord],
     metric: str,
     inputs: per_record.ScoringInputs,
     resampling: intervals.Resampling,
 ) -> dict[str, Any] | None:
     if metric == "judge_relative":
         rows = aggregate.relative_score_row(records, inputs, resampling=resampling)
-        return rows[0] if rows else None
+        return rows[0].to_json() if rows else None
     items = _strict_items(records, metric, inputs)
     if not items:
         return None
@@ -139,10 +139,10 @@ def _strict_row(
 
 
 def _strict_items(
-    records: Sequence[Mapping[str, Any]], metric: str, inputs: per_record.ScoringInputs
+    records: Sequence[EvalRecord], metric: str, inputs: per_record.ScoringInputs
 ) -> list[tuple[str, float]]:
     values = [(record, aggregate.record_values(record, inputs)) for record in records]
-    return [(record["group"], scores[metric]) for record, scores in values if metric in scores]
+    return [(record.group, scores[metric]) for record, scores in values if metric in scores]
 
 
 def _average(parts: Sequence[Answers]) -> tuple[Any, Any, str]:
@@ -151,7 +151,7 @@ def _average(parts: Sequence[Answers]) -> tuple[Any, Any, str]:
     for task in published.ACCURACY_TASKS:
         metric = "judge_correct" if task.endswith("_open") else "accuracy"
         for answers in parts:
-            records = [record for record in answers.records if record["task"] == task]
+            records = [record for record in answers.records if record.task == task]
             if records and (items := release.release_items(records, answers.inputs, metric)):
                 released.append(tuple(zip(*items, strict=True))[::-1])
                 items = _strict_items(records, metric, answers.inputs)

@@ -1,5 +1,6 @@
 """Scores in the forms of others, read back: lmms-eval's files, and the Hub's by its own library."""
 
+import dataclasses
 import json
 import math
 
@@ -12,7 +13,7 @@ from medmax_jax.environment import environment
 from medmax_jax.eval import export
 from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.reporting import hub_results
-from medmax_jax.io import journal
+from medmax_jax.eval.results import write_summary
 
 OPEN = [one | dict(data_class="open") for one in rows()]
 
@@ -20,8 +21,9 @@ OPEN = [one | dict(data_class="open") for one in rows()]
 def evaluated(folder, item_rows=OPEN, **changes):
     """Write a finished evaluation and return its summary and records."""
     summary, records = make_workdir(folder, item_rows)
-    summary |= {"kind": "python", "environment": environment()} | changes
-    journal.write_json(folder / "summary.json", summary)
+    facts = {"kind": "python", "environment": environment()} | changes
+    summary = dataclasses.replace(summary, **facts)
+    write_summary(folder, summary)
     return summary, records
 
 
@@ -43,11 +45,11 @@ def test_lmms_eval_files(tmp_path):
     assert results_file.parent.name == "org__tuned model__7b" and notes == []
     assert len(results_file.name) == len("20261129_094300_results.json")
     content = json.loads(results_file.read_text())
-    for row in summary["scores"]:
-        scores, metric = content["results"][row["task"]], row["metric"].replace(" ", "_")
-        assert scores[f"{metric},none"] == row["value"]
+    for row in summary.scores:
+        scores, metric = content["results"][row.task], row.metric.replace(" ", "_")
+        assert scores[f"{metric},none"] == row.value
         assert scores[f"{metric}_stderr,none"] == "N/A"
-        assert content["higher_is_better"][row["task"]][metric] is True
+        assert content["higher_is_better"][row.task][metric] is True
     closed = content["results"]["slake_closed"]
     error = closed["accuracy_stderr_clustered,none"]
     assert error == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 23), rel=0.02)
@@ -57,9 +59,9 @@ def test_lmms_eval_files(tmp_path):
     samples = samples_of(files)
     assert set(samples) == tasks
     lines = samples["slake_closed"]
-    own = [record for record in records if record["task"] == "slake_closed"]
+    own = [record for record in records if record.task == "slake_closed"]
     assert [line["doc_id"] for line in lines] == list(range(len(own)))
-    assert [line["filtered_resps"] for line in lines] == [record["text"] for record in own]
+    assert [line["filtered_resps"] for line in lines] == [record.text for record in own]
     assert sum(line["score"] for line in lines) / len(lines) == pytest.approx(
         closed["accuracy,none"]
     )
@@ -91,14 +93,14 @@ def test_the_hub_reads_its_files(tmp_path):
     summary, _ = evaluated(tmp_path)
     link = "https://example.org/results"
     files, notes = hub_results.write(tmp_path / "out", summary, source_url=link)
-    heads = {row["task"]: row for row in summary["scores"] if row["headline"]}
+    heads = {row.task: row for row in summary.scores if row.headline}
     entries = []
     for file in (tmp_path / "out" / ".eval_results").iterdir():
         entries += parse_eval_result_entries(yaml.safe_load(file.read_text()))
     by_task = {entry.task_id: entry for entry in entries}
     slake = by_task["slake_closed"]
     assert slake.dataset_id == "BoKelvin/SLAKE" and slake.source_url == link
-    assert slake.value == round(100 * heads["slake_closed"]["value"], 2)
+    assert slake.value == round(100 * heads["slake_closed"].value, 2)
     assert "accuracy, %, 95 % interval " in slake.notes and "24 items in 24 groups" in slake.notes
     assert slake.date.endswith("Z") and slake.date[:4] == environment()["date"][:4]
     named = {note.split(":")[0] for note in notes}
@@ -108,9 +110,9 @@ def test_the_hub_reads_its_files(tmp_path):
     results = {result.dataset_config: result for result in card.data.eval_results}
     assert set(results) == set(heads) and card.data.model_name == "scripted & co"
     for task, result in results.items():
-        assert result.metric_value == round(100 * heads[task]["value"], 2)
-        assert result.metric_type == heads[task]["metric"]
-        assert result.metric_args["items"] == heads[task]["n"]
+        assert result.metric_value == round(100 * heads[task].value, 2)
+        assert result.metric_type == heads[task].metric
+        assert result.metric_args["items"] == heads[task].n
     assert len(files) == len(entries) + 1
 
 

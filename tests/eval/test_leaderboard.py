@@ -52,7 +52,7 @@ def finished(folder, answers, model="m", **changes):
     """Write a finished evaluation; answers: task -> texts, `yes` is right."""
     for task, texts in answers.items():
         write(folder, texts, task, **changes)
-    summary = dict(model=model, adapter="", judge=None, settings={})
+    summary = dict(model=model, scores=[])
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 

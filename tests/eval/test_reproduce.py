@@ -192,7 +192,7 @@ def test_generated_images_are_those_of_the_first_rows():
         eval_setup.record(eval_setup.item("image_generation_quilt", "image_generation", n), "")
         for n in range(120)
     ]
-    lines = {r["id"]: {"image_text": [c]} for r, c in zip(records, cosines, strict=True)}
+    lines = {r.id: {"image_text": [c]} for r, c in zip(records, cosines, strict=True)}
     inputs = per_record.ScoringInputs(image_scores={"biomedclip": lines})
     items = release.release_items(records, inputs, "clip_image_text")
     assert [value for _, value in items] == list(cosines[:100]) and items[3][0] == "g1"
