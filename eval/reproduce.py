@@ -50,9 +50,9 @@ def main(config: ConfigDict, workdir: str) -> None:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(PrintableFormatter("%(message)s"))
     log.setLevel(logging.INFO)
-    given = flags.FLAGS
+    given, workdir = flags.FLAGS, (workdir or "").rstrip("/")
     if given.verify:
-        verify(given.verify, workdir or "")
+        verify(given.verify, workdir)
         return
     settings = parts.with_rows(build(Settings, config), given.rows, given.images)
     model = parts.Model(model=given.model, adapter=given.adapter, merge=given.merge)
@@ -77,10 +77,7 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 
 def write(
-    workdir: str,
-    model: str,
-    settings: Settings,
-    every: Sequence[parts.Part],
+    workdir: str, model: str, settings: Settings, every: Sequence[parts.Part]
 ) -> dict[str, Any]:
     """Write the page and the citation of finished parts; return the content of the citation."""
     with storage.opened(workdir, mode="read") as work:

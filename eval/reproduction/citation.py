@@ -75,7 +75,7 @@ def check(path: Path, workdir: Path) -> tuple[dict[str, Any], list[str]]:
     except TextFileError as error:
         raise EvalError(f"{path}: not a citation ({error}); name a {FILE}") from error
     _check_form(cited, path)
-    found = _read(workdir, cited["parts"])
+    found = _read(workdir, [name for name, part in cited["parts"].items() if part.get("answers")])
     problems = []
     for name, part in cited["parts"].items():
         answers = found.get(name)

@@ -27,6 +27,7 @@ NO_SCORE, NOT_RUN = "no score", "not run"
 NO_ROWS = "no rows of it in --rows"
 NO_JUDGE = "no judge; set --config.judge.endpoint=NAME@URL"
 NO_SCORER = "no scorer weights; set --config.scorers=biomedclip:FOLDER"
+UNREADABLE = "a reply of the judge does not begin with two scores, at which the release stops"
 WIDEST = 0.1  # half an interval, as a share or a cosine; a wider one includes most other models too
 _PLACES = 9  # decimals of a number in a citation
 
@@ -109,6 +110,8 @@ def _of_task(cell: Cell, parts: Sequence[Answers]) -> tuple[Any, Any, str]:
     if not items:
         score = release.release_scores(records, inputs).get(cell.metric)
         missing = NO_JUDGE if cell.metric.startswith("judge_") else NO_SCORER
+        if score and cell.metric == "judge_relative":
+            return None, strict, UNREADABLE  # the reason in `score` repeats the reply
         return None, strict, score["paper_why"] if score else missing
     span = None if cell.metric == "judge_relative" else per_record.span(cell.metric)
     groups, values = zip(*items, strict=True)
