@@ -24,6 +24,8 @@ from medmax_jax.eval.encoders import biomedclip
 from medmax_jax.eval.metrics import per_record, release
 from medmax_jax.eval.pipeline.cost_estimate import PlanError
 from medmax_jax.eval.reproduction import citation, page, parts, published, scores
+from medmax_jax.eval.results import Summary
+from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import catalog
 from medmax_jax.io import journal
 
@@ -221,6 +223,24 @@ def test_strict_generation_is_a_run_of_its_own(tmp_path):
     assert "| vqa_rad_closed | 75.300 | 50.000 |" in text and text.endswith("w/reproduction.json")
 
 
+def test_a_reason_repeats_no_reply_of_the_judge():
+    cell = next(c for c in published.cells("MedMax 7B") if c.task == "visual_chat_conversation")
+    item = eval_setup.item("visual_chat_conversation", "visual_chat", 0)
+    record = eval_setup.record(item, "An opacity.")
+    votes = {"votes": ["The opacity of SECRET"]}
+    answers = scores.Answers(
+        records=[record],
+        inputs=per_record.ScoringInputs(
+            judgments={per_record.PAPER_RELATIVE: {record.id: votes}}, judge="j"
+        ),
+        resampling=intervals.Resampling(0, 2_000),
+        summary=Summary(model="m", scores=()),
+        run={},
+    )
+    (row,) = scores.score_cells([cell], [answers])
+    assert row["reason"] == scores.UNREADABLE and row["released"] is None
+
+
 def test_a_status_follows_from_the_interval():
     cell = next(c for c in published.cells("MedMax 7B") if c.task == "vqa_rad_closed")  # 75.3
 
@@ -258,6 +278,10 @@ def test_a_citation_is_checked_against_its_records(complete, tmp_path):
     finally:
         records.write_text(before)
     assert problems[0].startswith("paper/recorded: the answers differ") and len(problems) > 1
+    uncited = {"paper/recorded": {"answers": None}}  # a part that is not cited is not compared
+    journal.write_json(tmp_path / "changed.json", content | {"parts": uncited, "cells": []})
+    _, problems = citation.check(tmp_path / "changed.json", workdir)
+    assert len(problems) == 24 and all("missing from the file" in line for line in problems)
     _, problems = citation.check(file, tmp_path)  # without records
     assert len(problems) > 20
     for text, message in (
