@@ -4,6 +4,7 @@ axe-core checks the success criteria of WCAG 2.1, A and AA, and its own best pra
 names, structure, keyboard. Chromium is the one of the machine.
 """
 
+import dataclasses
 import shutil
 
 import jax
@@ -50,7 +51,7 @@ def browser():
 
 def evaluation(folder):
     summary, records = make_workdir(folder, [one | dict(data_class="open") for one in rows()])
-    summary["environment"] = environment()
+    summary = dataclasses.replace(summary, environment=environment())
     page.write(folder / "report.html", summary, records, images_folder=folder)
     return folder / "report.html"
 
