@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 
 from medmax_jax import arguments
-from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import per_record
 from medmax_jax.eval.records import read_records
-from medmax_jax.eval.reporting import page
-from medmax_jax.eval.results import Summary, read_summary
+from medmax_jax.eval.reporting import page, tables
+from medmax_jax.eval.results import Summary
 from medmax_jax.io.errors import printable_text
-from medmax_jax.io.text_files import TextFileError
 from medmax_jax.storage import hub, workdir
 from medmax_jax.storage.folder import StorageError
 
@@ -34,12 +32,7 @@ def rewrite_report(evaluated: str | Path, images: str) -> Path:
     """Rewrite the page of a workdir and return its path."""
     evaluated = Path(evaluated)
     per_record.check_names(evaluated.glob("*.json*"))
-    try:
-        summary = read_summary(evaluated)
-    except TextFileError as error:
-        raise EvalError(
-            f"{evaluated}: no finished evaluation ({error}); run eval.run to the end"
-        ) from error
+    summary = tables.finished_summary(evaluated)
     records = read_records(evaluated / "records.jsonl")
     folder = Path(images) if images else images_folder(summary)
     page.write(evaluated / "report.html", summary, records, images_folder=folder)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from medmax_jax import arguments
-from medmax_jax.eval.tasks.catalog import AVERAGES, TASKS, TaskSpec
+from medmax_jax.eval.tasks.catalog import AVERAGES, CHAT_OVERALL, TASKS, TaskSpec
 
 
 def table() -> str:
@@ -37,7 +37,8 @@ def published_table() -> str:
         for c in TASKS.values()
         for p in c.published
     ]
-    rows += [("average", p.metric, p.model, f"{p.value:g}", p.read) for p in AVERAGES]
+    for name, means in (("average", AVERAGES), ("visual_chat, overall", CHAT_OVERALL)):
+        rows += [(name, p.metric, p.model, f"{p.value:g}", p.read) for p in means]
     return _markdown(["task", "published metric", "model", "value", "source"], rows)
 
 

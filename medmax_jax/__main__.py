@@ -25,6 +25,9 @@ COMMANDS = {
     "compare": ("medmax_jax.eval.compare", "compare two evaluations with paired tests"),
     "rescore": ("medmax_jax.eval.rescore", "score published predictions of other programs again"),
     "report": ("medmax_jax.eval.report", "render the report page of an evaluation again"),
+    "reproduce": ("medmax_jax.eval.reproduce", "reproduce every number of a paper's tables"),
+    "leaderboard": ("medmax_jax.eval.leaderboard", "rank several evaluations in one table"),
+    "export": ("medmax_jax.eval.export", "write an evaluation in the form of lmms-eval or the Hub"),
     "suite": ("medmax_jax.eval.suite", "list the tasks of the suite with published scores"),
 }
 

@@ -185,6 +185,7 @@ CONTENTS = {  # the file by which the folder of a program is known
     "records.jsonl": "an evaluation",
     "request.json": "answers of generate",
     "report.json": "a quickstart",
+    "reproduction.json": "a reproduction",
 }
 
 

@@ -59,6 +59,7 @@ PROGRAMS = (
     *("data.prepare", "data.objective", "data.tfds_builders", "data.sample.build"),
     *("data.sample.train_tokenizer", "eval.run", "eval.report", "eval.compare", "eval.suite"),
     "eval.rescore",
+    *("eval.reproduce", "eval.leaderboard", "eval.export"),
 )
 
 

@@ -219,21 +219,55 @@ def release_scores(
         replies = _replies(records, inputs, per_record.PAPER_OPEN)
         if replies is None:
             return {}
-        verdicts = [verdict for verdict in map(parse_judgment, replies) if verdict is not None]
+        verdicts = [
+            verdict for _, reply in replies if (verdict := parse_judgment(reply)) is not None
+        ]
         return {"judge_correct": _score(_mean, verdicts)}
     scores = {}
     if family in per_record.PAIRWISE_FAMILIES:
         replies = _replies(records, inputs, per_record.PAPER_RELATIVE)
         if replies is not None:
-            scores["judge_relative"] = _score(_ratio, replies)
+            scores["judge_relative"] = _score(_ratio, [reply for _, reply in replies])
     lines = inputs.image_scores.get(CLIP)
     if lines is not None and family in ("captioning", "image_generation"):
-        cosines = _cosines(records, lines, "image_text")
+        cosines = [cosine for _, cosine in _cosines(records, lines, "image_text")]
         score = _mean if family == "captioning" else lambda values: generation(values)[0]
         scores["clip_image_text"] = _score(score, cosines)
     if lines is not None and family == "multimodal":
-        scores["clip_image_image"] = _score(_mean, _cosines(records, lines, "image_image"))
+        cosines = [cosine for _, cosine in _cosines(records, lines, "image_image")]
+        scores["clip_image_image"] = _score(_mean, cosines)
     return scores
+
+
+def release_items(
+    records: Sequence[EvalRecord], inputs: ScoringInputs, metric: str
+) -> list[tuple[str, float]]:
+    """Return (group, value) of the items whose mean is the release's score of a metric.
+
+    The release states no interval; these values allow one over groups. Returns [] where the release
+    has no score, for whatever reason `release_scores` states.
+    """
+    family, rows = records[0].family, []
+    if release_scores(records, inputs).get(metric, {}).get("paper") is None:
+        return []
+    match metric:
+        case "accuracy":
+            right = closed if family == "vqa_closed" else choice
+            rows = [(r, right(r.text, r.answer)) for r in records]
+        case "judge_correct":
+            replies = _replies(records, inputs, per_record.PAPER_OPEN) or []
+            verdicts = [(record, parse_judgment(reply)) for record, reply in replies]
+            rows = [(record, verdict) for record, verdict in verdicts if verdict is not None]
+        case "judge_relative":
+            replies = _replies(records, inputs, per_record.PAPER_RELATIVE) or []
+            pairs = [(record, pair(reply)) for record, reply in replies]
+            rows = [(record, second / first) for record, (first, second) in pairs]
+        case "clip_image_text":
+            rows = _cosines(records, inputs.image_scores[CLIP], "image_text")
+            rows = rows[:FIRST_ROWS] if family == "image_generation" else rows
+        case "clip_image_image":
+            rows = _cosines(records, inputs.image_scores[CLIP], "image_image")
+    return [(record.group, float(value)) for record, value in rows]
 
 
 def _score(score: Callable[[Sequence], float], values: Sequence) -> dict[str, Any]:
@@ -255,21 +289,25 @@ def _ratio(replies: Sequence[str]) -> float:
     return relative(replies)["pred_relative_score"] / 100
 
 
-def _replies(records: Sequence[EvalRecord], inputs: ScoringInputs, kind: str) -> list[str] | None:
+def _replies(
+    records: Sequence[EvalRecord], inputs: ScoringInputs, kind: str
+) -> list[tuple[EvalRecord, str]] | None:
     """Return the unchanged replies; None where no judge received the release's messages."""
     lines = inputs.judgments.get(kind)
     if lines is None:
         return None
-    return [lines[r.id]["votes"][0] for r in records if lines.get(r.id, {}).get("votes")]
+    return [(r, lines[r.id]["votes"][0]) for r in records if lines.get(r.id, {}).get("votes")]
 
 
-def _cosines(records: Sequence[EvalRecord], lines: Mapping[str, Mapping], name: str) -> list[float]:
+def _cosines(
+    records: Sequence[EvalRecord], lines: Mapping[str, Mapping], name: str
+) -> list[tuple[EvalRecord, float]]:
     """Return the cosines of the first images; as the release prepares them, where that differs."""
     cosines = []
     for record in records:
         line = lines.get(record.id, {})
         values = line.get(f"{name}_released", line.get(name))
-        cosines += values[:1] if values else []
+        cosines += [(record, values[0])] if values else []
     return cosines
 
 

@@ -76,10 +76,10 @@ def compare(
     names: what the result calls them; None: their paths.
     """
     resampling = intervals.Resampling(seed, resamples)
-    sides = [_Evaluation(_records(Path(f)), per_record.read(f)) for f in (first, second)]
+    sides = [_Evaluation(records_by_id(Path(f)), per_record.read(f)) for f in (first, second)]
     shared = [name for name in sides[0].records if name in sides[1].records]
     for name in shared:
-        _check_same(sides[0].records[name], sides[1].records[name])
+        check_same(sides[0].records[name], sides[1].records[name])
     left_out_scorers = _different_scorers(*(side.inputs for side in sides))
     inputs, unread = _alike_reads(*(side.inputs for side in sides))
     scores = [
@@ -254,7 +254,8 @@ def _without(scores: Mapping, prefixes: Mapping[str, str]) -> dict:
     return {key: side for key, side in scores.items() if not key[1].startswith(tuple(prefixes))}
 
 
-def _records(folder: Path) -> dict[str, EvalRecord]:
+def records_by_id(folder: Path) -> dict[str, EvalRecord]:
+    """Return the records of a workdir by id; raise ComparisonError where there are none."""
     path = folder / "records.jsonl"
     if not path.exists():
         raise ComparisonError(f"{path} is missing; name a workdir that eval.run wrote")
@@ -262,7 +263,8 @@ def _records(folder: Path) -> dict[str, EvalRecord]:
     return {record.id: record for record in read_records(path)}
 
 
-def _check_same(first_record: EvalRecord, second_record: EvalRecord) -> None:
+def check_same(first_record: EvalRecord, second_record: EvalRecord) -> None:
+    """Raise ComparisonError where two records of one id are of different items."""
     credentialed = is_credentialed(first_record) or is_credentialed(second_record)
     for name in ITEM_FIELDS:
         first, second = getattr(first_record, name), getattr(second_record, name)

@@ -83,7 +83,8 @@ def write(
     body += html_page.details(
         "Definitions of the metrics", html_page.table(["", ""], list(terms.items()))
     )
-    document = html_page.document(f"Items of {summary.model}", body + ENTRIES, scripted=True)
+    title = f"Items of {summary.model}"
+    document = html_page.document(title, body + ENTRIES, script=html_page.SCRIPT)
     before, after = document.split(ENTRIES)  # other text is escaped, so the mark is there once
     parts = itertools.chain([before], html_page.browser(entries), [after])
     journal.write_text(workdir / PAGE, parts)

@@ -6,14 +6,17 @@ records            items and answers          ->  rows by slice; wrong, unread a
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from medmax_jax.eval.benchmarks.card import Published, TaskSpec
+from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import per_record, strict
 from medmax_jax.eval.records import EvalRecord
-from medmax_jax.eval.results import MetricRow, Summary
+from medmax_jax.eval.results import MetricRow, Summary, read_summary
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import catalog
+from medmax_jax.io.text_files import TextFileError
 
 Row = Mapping[str, Any]  # of a table: column -> value
 Values = Mapping[tuple[str, str], Mapping[str, tuple[str, float]]]  # see aggregate.scores_by_item
@@ -410,6 +413,21 @@ def drop_empty_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     """Return rows without the columns that are None in every row."""
     kept = [name for name in rows[0] if any(r[name] is not None for r in rows)] if rows else []
     return [{name: row[name] for name in kept} for row in rows]
+
+
+def finished_summary(folder: Path, where: str = "") -> Summary:
+    """Return the summary of a finished evaluation; where: its name in an error."""
+    try:
+        return read_summary(folder)
+    except TextFileError as error:
+        raise EvalError(
+            f"{where or folder}: no finished evaluation ({error}); run eval.run to the end"
+        ) from error
+
+
+def without_folder(name: str) -> str:
+    """Return the last part of an absolute path of this machine; any other name unchanged."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def truncate(text: str) -> str:

@@ -3,6 +3,7 @@
     mcnemar     0/1 scores, items independent: exact, of the items that only one side got right
     sign_flip   any scores, groups independent: were the signs of the groups' differences chance?
     holm        p values of a suite, so that all conclusions hold together
+    letters     groups of models without a significant difference, for a table
 
 Several questions about one image are not independent, so conclusions use `sign_flip`; `mcnemar`
 is reported in addition for comparison with other tables.
@@ -10,7 +11,7 @@ is reported in addition for comparison with other tables.
 
 import dataclasses
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -72,6 +73,37 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
         highest = max(highest, min(1.0, p_values[name] * (len(p_values) - rank)))
         adjusted[name] = highest
     return {name: adjusted[name] for name in p_values}
+
+
+def letters(order: Sequence[str], different: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the letters of each name: two names share one if and only if they are not different.
+
+    order: names, the best first, which has the letter a. The compact letter display of Piepho
+    (2004): every difference splits the sets that contain both names.
+
+        letters(["x", "y", "z"], [("x", "z")])  ->  {"x": "a", "y": "ab", "z": "b"}
+    """
+    sets = [frozenset(order)]
+    for first, second in different:
+        split = []
+        for names in sets:
+            if first in names and second in names:
+                split += [names - {first}, names - {second}]
+            else:
+                split.append(names)
+        unique = dict.fromkeys(split)
+        sets = [names for names in unique if not any(names < other for other in unique)]
+    ranks = {name: number for number, name in enumerate(order)}
+    sets.sort(key=lambda names: sorted(ranks[name] for name in names))
+    return {
+        name: "".join(_letter(number) for number, names in enumerate(sets) if name in names)
+        for name in order
+    }
+
+
+def _letter(number: int) -> str:
+    """Return a to z, then a1 to z1, and so on."""
+    return f"{chr(ord('a') + number % 26)}{number // 26 or ''}"
 
 
 def group_sums(values: Sequence[float], groups: Sequence[Hashable]) -> Float[np.ndarray, "g"]:

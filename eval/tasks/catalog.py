@@ -171,6 +171,13 @@ OWN_SCORERS = {  # by family
         ("multimodal", "mm_out.py", "1,000"),
     )
 }
+CHAT_OVERALL = tuple(  # over the questions of both types of visual chat
+    Published(model=model, value=value, metric="gpt-4o-mini relative score", read=CHAT_CHART)
+    for model, value in (
+        *(("Chameleon 7B", 26.5), ("LLaVA-Med v1", 50.2), ("HuatuoGPT-Vision 7B", 60.5)),
+        *(("LLaVA-Med v1.5 7B", 62.5), ("MedMax 7B", 60.4)),
+    )
+)
 DIFFERS = {  # by family; docs/reference/release_defects.md has all of them
     "vqa_closed": "1 token, repetition penalty 1.2 over the prompt too, substring match",
     "vqa_mcq": "1 token, repetition penalty 1.2 over the prompt too, the letter alone",

@@ -2,8 +2,9 @@
 
     document("Title", section("Scores", table(["task", "n"], [["closed", 12]])))
 
-`browser` is the exception, for thousands of entries: it has one script, which the page allows by
-its hash, and its images are files below the folder of the page, loaded when an entry is opened.
+`browser` and `sortable_table` are the exceptions: each has one script, which the page allows by its
+hash, and without which all content is there. The images of a `browser`, for thousands of entries,
+are files below the folder of the page, loaded when an entry is opened.
 
 No page scrolls sideways: a table that is wider than the page scrolls inside itself, with a fixed
 first column, and so does a wide chart on a phone.
@@ -130,6 +131,13 @@ summary { color: var(--soft); font-size: .9rem; cursor: pointer; }
 .entry b.good { color: var(--good); }
 .entry b.bad { color: var(--bad); }
 .entry img { width: 16rem; }
+td small { display: block; color: var(--soft); font-size: .8rem; }
+td small + small { color: var(--ink); }
+th button { font: inherit; color: inherit; text-align: inherit; background: none; border: 0;
+  padding: 0; cursor: pointer; }
+th button::after { content: " ↕"; font-weight: 400; }
+th[aria-sort] button::after { content: " ↓"; color: var(--mark); }
+th[aria-sort=ascending] button::after { content: " ↑"; }
 figcaption { color: var(--soft); font-size: .85rem; margin-top: .45rem; }
 """
 
@@ -157,11 +165,40 @@ form.addEventListener("change", apply);
 form.hidden = false;
 apply();
 """
-_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-SCRIPT_POLICY = (
-    f"default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'; "
-    "form-action 'none'"
-)
+# Sorts a `sortable_table` by the column whose head is selected; cells without a value stay last.
+SORT_SCRIPT = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const value = row => row.cells[column].dataset.value;
+      const numeric = head.classList.contains("number");
+      const before = head.ariaSort ?? (numeric ? "ascending" : "descending");
+      const down = before === "ascending";
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const order = (a, b) => numeric ? a - b : a.localeCompare(b);
+      body.append(...[...body.rows].sort((one, two) => {
+        const a = value(one), b = value(two);
+        if (a === undefined || b === undefined) return (a === undefined) - (b === undefined);
+        return down ? order(b, a) : order(a, b);
+      }));
+    });
+  });
+}
+"""
+
+
+def script_policy(script: str) -> str:
+    """Return the policy of a page that runs this script and no other."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; form-action 'none'"
+    )
 
 
 class Entry(NamedTuple):
@@ -174,6 +211,17 @@ class Entry(NamedTuple):
     body: str
 
 
+class SortedCell(NamedTuple):
+    """A cell of a `sortable_table`: its text, smaller lines below it, and what it is sorted by.
+
+    A column is sorted by number if all of its values are numbers; None: the cell has no value.
+    """
+
+    text: str
+    value: float | str | None
+    lines: tuple[str, ...] = ()
+
+
 class Verdict(NamedTuple):
     """A result in words, `label`, with the sentence that supports it; `status` is its color."""
 
@@ -182,13 +230,13 @@ class Verdict(NamedTuple):
     text: str
 
 
-def document(title: str, body: str, *, scripted: bool = False) -> str:
+def document(title: str, body: str, *, script: str = "") -> str:
     """Return the page; `body` is markup made by the functions below, `title` is text.
 
-    scripted: the page has a `browser`, and so its script.
+    script: of a page with a `browser` SCRIPT, of one with a `sortable_table` SORT_SCRIPT.
     """
-    safe, policy = html.escape(title), SCRIPT_POLICY if scripted else POLICY
-    script = f"<script>{SCRIPT}</script>\n" if scripted else ""
+    safe, policy = html.escape(title), script_policy(script) if script else POLICY
+    script = f"<script>{script}</script>\n" if script else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -269,6 +317,35 @@ def table(
         f'<div class="scroll" tabindex="0"><table{kind}>{title}\n{thead}'
         f"<tbody>\n{lines}</tbody></table></div>\n"
     )
+
+
+def sortable_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[SortedCell]],
+    *,
+    definitions: Mapping[str, str] | None = None,
+) -> str:
+    """Return a table whose heads sort it when they are selected; see `document` for its script."""
+    columns = list(zip(*rows, strict=True))
+    numeric = [all(not isinstance(cell.value, str) for cell in column) for column in columns]
+    top = "".join(
+        _head(name, number, definitions or {}) for name, number in zip(head, numeric, strict=True)
+    )
+    lines = ""
+    for row in rows:
+        cells = "".join(map(_sorted_cell, row, numeric))
+        lines += f"<tr>{cells}</tr>\n"
+    return (
+        f'<div class="scroll" tabindex="0"><table class="sortable">\n<thead><tr>{top}</tr></thead>'
+        f"\n<tbody>\n{lines}</tbody></table></div>\n"
+    )
+
+
+def _sorted_cell(cell: SortedCell, numeric: bool) -> str:
+    kind = ' class="number"' if numeric else ""
+    value = "" if cell.value is None else f' data-value="{html.escape(str(cell.value))}"'
+    small = "".join(f"<small>{html.escape(line)}</small>" for line in cell.lines)
+    return f"<td{kind}{value}>{html.escape(cell.text)}{small}</td>"
 
 
 def figure(png_bytes: bytes, caption: str, *, link: str = "") -> str:

@@ -4,6 +4,7 @@ axe-core checks the success criteria of WCAG 2.1, A and AA, and its own best pra
 names, structure, keyboard. Chromium is the one of the machine.
 """
 
+import dataclasses
 import shutil
 
 import jax
@@ -12,7 +13,9 @@ import PIL.Image
 import pytest
 from test_compare import write as write_evaluation
 from test_eval_report import make_workdir, rows
+from test_leaderboard import finished, texts
 from test_quickstart import page_with_markup
+from test_reproduce import reproduce, settings_of, write_released
 from test_samples import ROOT, TINY
 
 from medmax_jax import config
@@ -21,7 +24,8 @@ from medmax_jax.data import prepare
 from medmax_jax.data.records.reader import open_records
 from medmax_jax.environment import environment
 from medmax_jax.eval import rescore
-from medmax_jax.eval.reporting import comparison, page
+from medmax_jax.eval.reporting import comparison, leaderboard, page
+from medmax_jax.eval.reproduction import page as reproduction_page
 from medmax_jax.generation import model_bundle
 from medmax_jax.generation.model_bundle import Image, Text
 from medmax_jax.generation.output_files import OutputFolder, Prompt
@@ -48,7 +52,7 @@ def browser():
 
 def evaluation(folder):
     summary, records = make_workdir(folder, [one | dict(data_class="open") for one in rows()])
-    summary["environment"] = environment()
+    summary = dataclasses.replace(summary, environment=environment())
     page.write(folder / "report.html", summary, records, images_folder=folder)
     return folder / "report.html"
 
@@ -71,6 +75,26 @@ def rescored(folder):
     files = [str(path) for path in (ROOT / "tests" / "eval" / "smmile").glob("*.csv")]
     assert rescore.main([*files, f"--workdir={folder}", "--resamples=2000"]) == 0
     return folder / "rescore.html"
+
+
+def ranked(folder):
+    answers = (("one", 58, 30), ("two", 40, 30), ("three", 12, 31))
+    runs = {
+        name: finished(folder / name, {"vqa_closed": texts(a), "vqa_open": texts(b)}, name)
+        for name, a, b in answers
+    }
+    board = leaderboard.build(runs, seed=0, resamples=2_000)
+    markup = leaderboard.render(board, facts=dict(seed=0) | environment())
+    (folder / "leaderboard.html").write_text(markup)
+    return folder / "leaderboard.html"
+
+
+def reproduced(folder):
+    (folder / "released").mkdir()
+    released = write_released(folder / "released")
+    content, _ = reproduce(settings_of(released), released, folder)
+    (folder / "reproduction.html").write_text(reproduction_page.render(content))
+    return folder / "reproduction.html"
 
 
 def gallery(folder):
@@ -126,6 +150,8 @@ def quickstart(folder):
         items,
         compared,
         rescored,
+        ranked,
+        reproduced,
         gallery,
         record_stats,
         law,
@@ -183,3 +209,29 @@ def test_the_item_browser_filters_under_its_policy(browser, tmp_path):
     plain.goto(address)
     assert plain.locator("details.entry:visible").count() == total
     assert not plain.locator("form").is_visible()
+
+
+def test_the_leaderboard_sorts_under_its_policy(browser, tmp_path):
+    address = ranked(tmp_path).as_uri()
+    opened, messages = browser.new_page(), []
+    opened.on("console", lambda message: messages.append(message.text))
+    opened.on("request", lambda request: messages.append(request.url))
+    opened.goto(address)
+
+    def order():
+        return opened.locator("table.sortable tbody td:first-child").all_inner_texts()
+
+    assert order() == ["one", "two", "three"]
+    head = opened.locator("th", has_text="vqa_open")
+    head.locator("button").press("Enter")
+    assert order() == ["three", "one", "two"] and head.get_attribute("aria-sort") == "descending"
+    head.locator("button").click()
+    assert order() == ["one", "two", "three"] and head.get_attribute("aria-sort") == "ascending"
+    opened.locator("th", has_text="model").locator("button").click()
+    assert order() == ["one", "three", "two"] and head.get_attribute("aria-sort") is None
+    assert messages == [address]
+    opened.close()
+    plain = browser.new_context(java_script_enabled=False).new_page()
+    plain.goto(address)
+    assert plain.locator("table.sortable tbody tr:visible").count() == 3
+    assert plain.locator("th button").count() == 0
