@@ -108,7 +108,7 @@ CARDS = (
         metric="set_accuracy",
         counts=352,
         counted="data/dataset.json at that revision: 176 pairs",
-        sets=QuestionSets(metric="set_accuracy", key=("group",), confusion=True),
+        sets=QuestionSets(metric="set_accuracy", key=("group",), confusion=True, size=2),
         differs="MediConfusion: each model with its own prompt and the best of up to four ways of "
         "asking; confusion only over pairs with two readable answers",
         published=tuple(

@@ -8,6 +8,7 @@ option, which for MediConfusion means that the images were not told apart. A set
 cannot be parsed counts as confused in `value`, and as not confused in `best`.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,13 +24,15 @@ class QuestionSets:
     """Describes the sets of a task. `metric`: the name of their score.
 
     key: fields or slices of a record that together name its set. by: the one of them by which the
-    score is also given. confusion: whether the share of confused sets is also given.
+    score is also given. confusion: whether the share of confused sets is also given. size: of a
+    complete set; others, of a sample of the items, are not counted. 0: sets have any size.
     """
 
     metric: str
     key: tuple[str, ...]
     by: str = ""
     confusion: bool = False
+    size: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,10 @@ def set_scores(
     records: Sequence[EvalRecord], inputs: ScoringInputs, sets: QuestionSets
 ) -> dict[str, list[tuple[EvalRecord, ItemScore]]]:
     """Return metric -> (first record, score) of each set; "METRIC VALUE" for each value of `by`."""
+    sizes = collections.Counter(_key(record, sets) for record in records)
+    records = [r for r in records if not sets.size or sizes[_key(r, sets)] == sets.size]
+    if not records:
+        return {}
     keys = [_key(record, sets) for record in records]
     item_scores = [per_record.record_scores(r, inputs)["accuracy"] for r in records]
     first = {key: r for key, r in reversed(list(zip(keys, records, strict=True)))}

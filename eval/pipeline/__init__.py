@@ -12,6 +12,12 @@ judging             Judges the records of a workdir and writes judgments.jsonl, 
                     record and kind.
 option_likelihoods  Scores the options of a question by likelihood, and measures the model's
                     calibration.
+perturbation        Perturbs the images that a model is shown, as Kvasir-VQA-x1 does for its
+                    transformed track.
+reference_scoring   Compares generated images with the reference image of their item: PSNR and
+                    SSIM.
+run_facts           Records what the answers of a workdir depend on, in run.json, and refuses
+                    another evaluation.
 stages              Runs one evaluation in stages; each stage is a plain function of an `EvalRun`
                     and shares files.
 """

@@ -152,6 +152,14 @@ def test_pairs_of_images_are_right_or_confused_together():
     assert all(row["paper"] is None for row in rows.values())
 
 
+def test_half_a_pair_is_no_set():
+    rows = {row.metric: vars(row) for row in aggregate.summary(pairs("A", "B", "B"), **SETTINGS)}
+    assert (rows["accuracy"]["n"], rows["set_accuracy"]["n"], rows["confusion"]["n"]) == (3, 1, 1)
+    assert rows["set_accuracy"]["own_n"] == 1
+    (alone,) = aggregate.summary(pairs("A"), **SETTINGS)
+    assert alone.metric == "accuracy"
+
+
 def test_numbers_have_relative_accuracy():
     item = eval_setup.item("deeptumorvqa_numeric", "vqa_numeric", 0, answer="100 mL")
     texts = ("about 90 mL", "105", "20 to 100", "", "1,000")
