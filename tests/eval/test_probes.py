@@ -85,7 +85,8 @@ def test_probes_and_their_numbers_of_items():
 
 
 def test_every_family_that_shows_an_image_can_be_probed():
-    assert set(ALL) == {"vqa_closed", "vqa_mcq", "vqa_open", "captioning", "visual_chat"}
+    questions = {"vqa_closed", "vqa_mcq", "vqa_open", "vqa_rationale"}
+    assert set(ALL) == questions | {"captioning", "visual_chat"}
     items = many() + [
         eval_setup.item(f"x_{family}", family, n)
         for family in ("vqa_open", "captioning", "visual_chat", "image_generation")
