@@ -36,7 +36,7 @@ from medmax_jax.eval.metrics.per_record import (
 )
 from medmax_jax.eval.records import EvalRecord, Item, is_credentialed
 from medmax_jax.eval.stats import intervals
-from medmax_jax.eval.tasks.items import FAMILIES, TaskError
+from medmax_jax.eval.tasks.items import CHOICES, FAMILIES, TaskError
 
 NAMES = ("blank", "shuffled", "swapped", "rotated")
 IMAGE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.shows_image)
@@ -290,7 +290,7 @@ def _paired(
 def parsed_answer(record: EvalRecord) -> str:
     """Return the content of an answer: yes, an option's text, other text; "" if unparsed."""
     family, text = record.family, record.text
-    if family == "vqa_mcq":
+    if family in CHOICES:
         letter = strict.parse_answer(family, text, record.prompt)
         return text_metrics.options(record.prompt).get(letter or "", letter or "")
     if family == "vqa_closed":

@@ -89,7 +89,7 @@ def test_every_family_that_shows_an_image_can_be_probed():
     assert set(ALL) == questions | {"captioning", "visual_chat"}
     items = many() + [
         eval_setup.item(f"x_{family}", family, n)
-        for family in ("vqa_open", "captioning", "visual_chat", "image_generation")
+        for family in ("vqa_open", "vqa_rationale", "captioning", "visual_chat", "image_generation")
         for n in range(4)
     ]
     names = ("blank", "shuffled", "swapped", "rotated")
