@@ -43,7 +43,7 @@ from medmax_jax.eval.metrics.per_record import (
 from medmax_jax.eval.records import EvalRecord, Item, Shot, is_credentialed
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import shots
-from medmax_jax.eval.tasks.families import FAMILIES, TaskError
+from medmax_jax.eval.tasks.families import CHOICES, FAMILIES, TaskError
 
 SHOT_NAMES = ("zero_shot", "shots_reversed", "shot_distractor")
 NAMES = ("blank", "shuffled", "swapped", "rotated", *SHOT_NAMES)
@@ -329,7 +329,7 @@ def _paired(
 def parsed_answer(record: EvalRecord) -> str:
     """Return the content of an answer: yes, an option's text, other text; "" if unparsed."""
     family, text = record.family, record.text
-    if family == "vqa_mcq":
+    if family in CHOICES:
         letter = strict.parse_answer(family, text, record.prompt)
         return text_metrics.options(record.prompt).get(letter or "", letter or "")
     if family == "vqa_closed":
