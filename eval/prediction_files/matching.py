@@ -1,6 +1,7 @@
 """Matches the answers of a prediction file to items, by id or by content; nothing is guessed.
 
-    id        the key is the id of an item, and the question that the row holds is the item's
+    id        the key is the id of an item, and the question that the row holds is the item's; an
+              index, which may be of another set of items, decides only between equal contents
     content   the question, and where the row has them its images and its reference, are those of
               exactly one item; the question may be one line of the row's complete prompt
 
@@ -52,14 +53,12 @@ def _item_of(
     answer: Answer, by_id: Mapping[str, Item], by_question: Mapping[str, Sequence[Item]]
 ) -> Item | str:
     """Return the item of an answer, or why there is none."""
-    texts = list(_texts(answer))
-    if (item := by_id.get(answer.key)) is not None:
-        if _words(_question(item)) in texts or _words(item.prompt) in texts:
-            return item
-        if not texts:
-            return UNCHECKED if answer.key.isdecimal() else item
-        if not answer.key.isdecimal():  # an index may be of another set of items
-            return OTHER_QUESTION
+    texts, item = list(_texts(answer)), by_id.get(answer.key)
+    if item is not None and not answer.key.isdecimal():
+        same = not texts or {_words(_question(item)), _words(item.prompt)} & set(texts)
+        return item if same else OTHER_QUESTION
+    if item is not None and not texts:
+        return UNCHECKED
     found = {item.id: item for text in texts for item in by_question.get(text, ())}
     candidates = list(found.values())
     for narrowed, reason in ((_same_images, NO_IMAGE), (_same_reference, NO_REFERENCE)):
@@ -67,6 +66,8 @@ def _item_of(
         if candidates and not kept:
             return reason
         candidates = kept
+    if item in candidates:  # an index may be of another set of items, unless the content agrees
+        return item
     if len(candidates) != 1:
         return SEVERAL_ITEMS if candidates else NO_QUESTION
     return candidates[0]

@@ -298,7 +298,7 @@ def _paired_rows(
 
 def markdown(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]) -> str:
     """Return the tables of scores and of paired tests for a terminal."""
-    parts = [f"{title}\n\n{page.markdown(short_table(g))}" for title, g in by_kind(rows).items()]
+    parts = [f"## {title}\n\n{page.markdown(short_table(g))}" for title, g in by_kind(rows).items()]
     groups = _grouped(compared, lambda row: row["set"])
-    parts += [f"{title}\n\n{page.markdown(_compared_table(g))}" for title, g in groups.items()]
+    parts += [f"## {title}\n\n{page.markdown(_compared_table(g))}" for title, g in groups.items()]
     return "\n".join(parts)

@@ -481,6 +481,9 @@ def test_an_index_that_is_also_an_id_is_checked_with_its_question():
                           question="Is it?") for n in (4, 5)]  # fmt: skip
     found, left = matching.match(formats.PredictionFile(answers=tuple(two), **parts), items)
     assert found == {} and left == {matching.SEVERAL_ROWS: ["row 4", "row 5"]}
+    same = [item("a", "vqa_closed", n, id=str(n), prompt="Is it?", answer="yes") for n in range(6)]
+    found, _ = matching.match(formats.PredictionFile(answers=tuple(two), **parts), same)
+    assert {name: answer.place for name, answer in found.items()} == {"4": "row 4", "5": "row 5"}
 
 
 def write_suite(folder):
