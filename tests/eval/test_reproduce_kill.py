@@ -88,7 +88,8 @@ def test_killed_at_random_it_gives_the_same_citation(tmp_path):
     first, second = (json.loads((folder / citation.FILE).read_text()) for folder in (whole, killed))
     scored = [cell for cell in first["cells"] if cell["released"]]
     assert len(scored) >= 18 and len(set(kills)) >= 2, f"seed {seed}"
-    assert second | {"environment": 0} == first | {"environment": 0}, f"seed {seed}"
+    varying = {"environment": 0, "suite": 0}  # suite: the checkout may change during ten minutes
+    assert second | varying == first | varying, f"seed {seed}"
     assert citation.check(killed / citation.FILE, killed)[1] == []
     print(f"{len(kills)} kills, seed {seed}: all {len(first['cells'])} cells are equal, "
           f"{len(scored)} with a score")  # fmt: skip
