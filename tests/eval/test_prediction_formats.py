@@ -1,7 +1,7 @@
 """Predictions of other programs: read in their formats, scored again, compared, matched to items.
 
-The files of SMMILE in smmile/ are published ones. Those of lmms-eval, VLMEvalKit and MedEvalKit are
-written here in the form that these programs write.
+The files are written here in the form that SMMILE's authors publish, and that lmms-eval, VLMEvalKit
+and MedEvalKit write.
 """
 
 import csv
@@ -14,6 +14,7 @@ import zipfile
 import openpyxl
 import pytest
 from eval_setup import item
+from smmile_files import write_smmile
 
 from medmax_jax.config import build
 from medmax_jax.configs import eval_tiny
@@ -22,11 +23,9 @@ from medmax_jax.eval.config import Settings
 from medmax_jax.eval.models import predictions
 from medmax_jax.eval.pipeline import stages
 from medmax_jax.eval.prediction_files import formats, matching, rescoring, tables
-from medmax_jax.eval.reporting import page, rescored
 from medmax_jax.eval.stats.intervals import Resampling
 
 SAMPLE = pathlib.Path(__file__).parents[2] / "data" / "sample"
-SMMILE = pathlib.Path(__file__).parent / "smmile"
 RESAMPLING = Resampling(0, 2_000)
 ECHO = (  # as LLaVA's files have it
     "USER:  \nIs it?\n\nPlease select the best answer from the following options:\nC. No\nB. Yes.\n"
@@ -66,8 +65,9 @@ def write_jsonl(path, rows):
 # ---- SMMILE
 
 
-def test_published_smmile_scores_are_reproduced():
-    file, (row,) = rows_of(SMMILE / "result_qwen72B_0-shot_mcqa.csv")
+def test_the_scores_in_files_of_smmile_are_reproduced(tmp_path):
+    write_smmile(tmp_path)
+    file, (row,) = rows_of(tmp_path / "result_qwen72B_0-shot_mcqa.csv")
     assert (file.model, file.benchmark, row["n"], row["verdict"]) == (
         *("qwen72B 0-shot", "SMMILE"),
         *(111, "is_correct"),
@@ -75,34 +75,14 @@ def test_published_smmile_scores_are_reproduced():
     assert row["published"] == row["strict"] == 58 / 111 and row["reasons"] == {}
     assert row["published_low"] < row["published"] < row["published_high"]
     assert "no text of the model" in file.notes[0]
-    file, rows = rows_of(SMMILE / "result_majority_ICL.csv")
+    file, rows = rows_of(tmp_path / "result_majority_ICL.csv")
     assert [(r["verdict"], r["published"], r["stated"]) for r in rows] == [
         ("exact match", 30 / 111, pytest.approx(30 / 111)),
         ("judge", 30 / 111, pytest.approx(30 / 111)),
     ]
     assert rows[0]["strict"] == 30 / 111 and rescoring.notes_of(file) == []
-    file, (row,) = rows_of(SMMILE / "result_llavamed_ICL_mcqa.csv")
+    file, (row,) = rows_of(tmp_path / "result_llavamed_ICL_mcqa.csv")
     assert row["published"] == row["stated"] == 0 and row["n_unparsed"] == 107
-
-
-def test_the_page_on_smmile_has_what_the_program_prints():
-    text = (SAMPLE.parents[1] / "docs" / "reference" / "smmile_rescoring.md").read_text()
-    for path in sorted(SMMILE.glob("*.csv")):
-        file = formats.read_predictions(path)
-        scores = rescoring.item_scores(file)
-        rows = rescoring.rescore(file, scores, resampling=Resampling(0, 10_000))
-        for title, group in rescored.by_kind(rows).items():
-            section = text.split(f"## {title}\n\n")[1].split("\n## ")[0]
-            shown = table_row(section, path.name)
-            printed = page.markdown(rescored.short_table(group))
-            assert table_row(printed, path.name).items() <= shown.items()
-
-
-def table_row(table, name):
-    """The cells of the row of a file in a Markdown table, by column."""
-    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")]
-                       for line in table.strip().splitlines()]  # fmt: skip
-    return dict(zip(head, next(line for line in lines if line[0] == name), strict=True))
 
 
 def smmile_rows(**changes):
@@ -389,8 +369,7 @@ def test_a_score_on_another_scale_is_no_verdict(tmp_path):
 
 
 def test_the_program_compares_files_and_writes_both_outputs(tmp_path, capsys):
-    names = ("result_qwen72B_0-shot_mcqa.csv", "result_qwen7B_0-shot_mcqa.csv")
-    paths = [str(SMMILE / name) for name in names]
+    paths = [str(path) for path in write_smmile(tmp_path / "published")[:2]]
     flags = [f"--workdir={tmp_path / 'new'}", "--resamples=2000"]
     assert rescore.main([*paths, *flags, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from smmile_files import write_smmile
 from test_compare import write as write_evaluation
 from test_eval_report import make_workdir, rows
 from test_leaderboard import finished, texts
@@ -72,7 +73,7 @@ def compared(folder):
 
 
 def rescored(folder):
-    files = [str(path) for path in (ROOT / "tests" / "eval" / "smmile").glob("*.csv")]
+    files = map(str, write_smmile(folder / "published"))
     assert rescore.main([*files, f"--workdir={folder}", "--resamples=2000"]) == 0
     return folder / "rescore.html"
 
