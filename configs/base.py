@@ -10,41 +10,7 @@ from medmax_jax.configs import sampling
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.vocab = ConfigDict(dict(size=65_536, image_codes=8_192, text_start=16_384))
-    config.model = ConfigDict(
-        dict(  # params.json of Chameleon-7B
-            hidden_size=4_096,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=32,
-            head_dim=128,
-            intermediate_size=11_008,
-            context_length=4_096,
-            rope_theta=10_000.0,
-            rms_norm_eps=1e-5,
-            qk_norm_eps=1e-5,
-            qk_norm_shards=1,
-            swin_norm=False,
-            param_dtype="bfloat16",  # fp16 overflows: the residual stream reaches about 9e4
-            quant="none",
-            compute_dtype="bfloat16",
-            remat="attn",
-            attention="xla",
-        )
-    )
-    config.vq = ConfigDict(
-        dict(  # vqgan.yaml of Chameleon
-            image_size=512,
-            channels=128,
-            channel_mult=(1, 1, 2, 2, 4),
-            num_res_blocks=2,
-            z_channels=256,
-            embed_dim=256,
-            num_codes=8_192,
-            norm_groups=32,  # fixed in the code of taming-transformers
-        )
-    )
+    config = _model_config()
     config.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))  # MedMax training/train.py
     config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))
     config.data = ConfigDict(
@@ -56,6 +22,7 @@ def get_config() -> ConfigDict:
             batch_size=8,  # as in the paper
             pack=True,
             mask="answers",
+            condition_dropout=dict(text=0.0, image=0.0, all=0.0),  # off, as released
             seed=0,
             plan="",
         )
@@ -104,3 +71,43 @@ def get_config() -> ConfigDict:
     )
     config.sample = ConfigDict(sampling.SETS["medmax_eval"])
     return config.lock()
+
+
+def _model_config() -> ConfigDict:
+    """Return the sections of the networks."""
+    config = ConfigDict()
+    config.vocab = ConfigDict(dict(size=65_536, image_codes=8_192, text_start=16_384))
+    config.model = ConfigDict(
+        dict(  # params.json of Chameleon-7B
+            hidden_size=4_096,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=32,
+            head_dim=128,
+            intermediate_size=11_008,
+            context_length=4_096,
+            rope_theta=10_000.0,
+            rms_norm_eps=1e-5,
+            qk_norm_eps=1e-5,
+            qk_norm_shards=1,
+            swin_norm=False,
+            param_dtype="bfloat16",  # fp16 overflows: the residual stream reaches about 9e4
+            quant="none",
+            compute_dtype="bfloat16",
+            remat="attn",
+            attention="xla",
+        )
+    )
+    config.vq = ConfigDict(
+        dict(  # vqgan.yaml of Chameleon
+            image_size=512,
+            channels=128,
+            channel_mult=(1, 1, 2, 2, 4),
+            num_res_blocks=2,
+            z_channels=256,
+            embed_dim=256,
+            num_codes=8_192,
+            norm_groups=32,  # fixed in the code of taming-transformers
+        )
+    )
+    return config

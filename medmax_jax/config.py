@@ -93,6 +93,19 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionDropout:
+    """Probabilities that a document with an image to generate is trained without its condition."""
+
+    text: float  # without the text: the image-only stream, the unconditional one without an image
+    image: float  # without the images of the condition: the text-only stream
+    all: float  # without either: the unconditional stream
+
+    @classmethod
+    def off(cls) -> "ConditionDropout":
+        return cls(text=0.0, image=0.0, all=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     train: str  # folder of ArrayRecord shards; a gs:// folder is first copied to this host
     validation: str  # as `train`; empty: no validation
@@ -101,6 +114,7 @@ class Data:
     batch_size: int  # rows per step, over all devices
     pack: bool  # several documents per row; otherwise one
     mask: str  # answers | release: which tokens are scored
+    condition_dropout: ConditionDropout  # 0, 0 and 0: every document is trained complete
     seed: int
     plan: str  # SHA-256 of the packing plan that the run requires; empty: any
 
@@ -224,6 +238,10 @@ BOUNDS = {
     "mesh.data": (1, 1 << 20),
     "mesh.fsdp": (1, 1 << 20),
 }
+# Fields that older configs, runs and checkpoints lack, with the value that they meant.
+ADDED = {
+    "data.condition_dropout": {"text": 0.0, "image": 0.0, "all": 0.0},
+}
 MAX_POSITIONS = 1 << 24  # RoPE computes in fp32, which has no odd numbers beyond
 MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
 
@@ -251,6 +269,7 @@ def check(run: Run) -> None:
         _rule(value in allowed, name, value, f"one of {', '.join(allowed)}")
     check_model(run.model, run.vocab, run.vq)
     _check_sizes(run)
+    check_condition_dropout(run.data.condition_dropout)
 
 
 def check_model(model: Model, vocab: Vocab, vq: VQ) -> None:
@@ -284,6 +303,15 @@ def check_vq(vq: VQ) -> None:
     _rule(vq.image_size % vq.downsampling == 0, "vq.image_size", vq.image_size, requirement)
 
 
+def with_added_fields(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run, as JSON has them, with the fields that an older one lacks."""
+    filled = dict(settings)
+    for name, value in ADDED.items():
+        section, field = name.split(".")
+        filled[section] = {field: value} | filled.get(section, {})
+    return filled
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """Return a dict that JSON can encode; `from_config_dict(to_dict(run)) == run`."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))
@@ -306,6 +334,8 @@ def _build(cls: type, values: Any, where: str) -> Any:
         near = nearest(name, fields)
         hint = f"did you mean {where}.{near}? The" if near else "the"
         raise ConfigError(f"{where}.{name} is not a field; {hint} fields are {_names(cls)}")
+    section = cls.__name__.lower()
+    values = {n: ADDED[f"{section}.{n}"] for n in fields if f"{section}.{n}" in ADDED} | values
     if missing := sorted(set(fields) - set(values)):
         raise ConfigError(
             f"{where}.{missing[0]} is missing; set it (configs/base.py lists all fields)"
@@ -434,6 +464,17 @@ def _check_sizes(run: Run) -> None:
     _rule(samples_possible, "train.samples", run.train.samples, requirement)
     for name in ("steps", "log_every", "checkpoint_every", "keep"):
         _rule(getattr(run.train, name) > 0, f"train.{name}", getattr(run.train, name), "above 0")
+
+
+def check_condition_dropout(dropout: ConditionDropout) -> None:
+    """Raise ConfigError where a number is no probability, or all sum to more than 1."""
+    probabilities = dataclasses.asdict(dropout)
+    for name, value in probabilities.items():
+        requirement = "a probability, in 0..1"
+        _rule(0 <= value <= 1, f"data.condition_dropout.{name}", value, requirement)
+    requirement = "such that text, image and all sum to at most 1"
+    within = sum(probabilities.values()) <= 1
+    _rule(within, "data.condition_dropout", probabilities, requirement)
 
 
 def _rule(holds: bool, name: str, value: Any, requirement: str) -> None:

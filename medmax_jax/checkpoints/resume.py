@@ -8,6 +8,7 @@ bound    every other field of the config, and the fingerprints of BOUND: refused
 from typing import Any
 
 from medmax_jax.checkpoints.manager import CheckpointError
+from medmax_jax.config import with_added_fields
 
 # The reason why each may change: the batches and the objective stay the same.
 FREE = {
@@ -37,7 +38,8 @@ EXTENSIBLE = "train.steps"
 def check_meta(saved: dict, current: dict, *, extend: bool) -> list[str]:
     """Return descriptions of the harmless differences; raise CheckpointError with all others."""
     harmless, refused = [], []
-    for field, (old, new) in sorted(differences(saved["config"], current["config"]).items()):
+    configs = (with_added_fields(meta["config"]) for meta in (saved, current))
+    for field, (old, new) in sorted(differences(*configs).items()):
         text = f"config.{field} was {old!r}, is now {new!r}"
         if is_free(field):
             harmless.append(text)

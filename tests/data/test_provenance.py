@@ -76,7 +76,7 @@ def world(tmp_path_factory):
 def read_at(run, documents):
     """Return the steps, counted from 1, whose batch contains one of the documents."""
     batches = loader.train_batches(run, run.data.train)
-    rows = [np.concatenate(batches._rows(s)) for s in range(len(batches))]
+    rows = [batches._documents(s) for s in range(len(batches))]
     return [s + 1 for s, row in enumerate(rows) if np.isin(row, documents).any()]
 
 
@@ -109,7 +109,7 @@ def test_steps_and_checkpoints_agree_with_the_batches(world, capsys, image):
         assert names == (["3", "6", "9", "adapter"] if expected else [])
         plan = writer.open_records(run.data.train), loader.train_batches(run, run.data.train)
         rows = [r for r in range(len(plan[1]._epochs.first))
-                if np.isin(plan[1]._epochs.row(r), documents).any()]  # fmt: skip
+                if np.isin(plan[1]._epochs.row(r).documents, documents).any()]  # fmt: skip
         assert result["plans"] == [dict(plan=str(top / "p.npz"), epoch=0, rows=rows)]
 
 
