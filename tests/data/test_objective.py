@@ -19,8 +19,11 @@ from flax import nnx
 from medmax_jax import config, sharding
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.data import loader
-from medmax_jax.data.records.document import Document, loss_mask
+from medmax_jax.data.packing.condition_dropout import trained_tokens
+from medmax_jax.data.records.document import loss_mask
 from medmax_jax.models import chameleon
+from medmax_jax.models.guidance_streams import IMAGE_ONLY, TEXT_ONLY, UNCONDITIONAL
+from medmax_jax.models.vocab import is_image
 from medmax_jax.training import step
 from medmax_jax.training.batch import Batch
 
@@ -103,15 +106,21 @@ def first_batch(run: config.Run) -> Batch:
     return loader.train_batches(run, run.data.train).batch(0)
 
 
-def documents_of(batch: Batch, run: config.Run) -> list[Document]:
-    """Return the documents of a batch from the records, looked up by their tokens."""
-    by_tokens = {d.tokens.tobytes(): d for d in loader.train_batches(run, run.data.train).records}
+def documents_of(batch: Batch, run: config.Run) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return tokens and marks of the documents of a batch, from the records.
+
+    They are looked up by their tokens, complete or as a stream of condition dropout.
+    """
+    records, by_tokens = loader.train_batches(run, run.data.train).records, {}
+    for d in records:
+        by_tokens[d.tokens.tobytes()] = loss_mask(d.tokens, run.data.mask, d.turns)
+        if is_image(d.tokens, run.vocab)[by_tokens[d.tokens.tobytes()]].any():
+            for stream in (UNCONDITIONAL, IMAGE_ONLY, TEXT_ONLY):
+                tokens, scored = trained_tokens(d, stream, records, run.data.mask)
+                by_tokens.setdefault(tokens.tobytes(), scored)
     rows = zip(batch.ids, batch.segments, strict=True)
-    return [
-        by_tokens[ids[segments == n].tobytes()]
-        for ids, segments in rows
-        for n in range(1, segments.max() + 1)
-    ]
+    found = [ids[segments == n] for ids, segments in rows for n in range(1, segments.max() + 1)]
+    return [(tokens, by_tokens[tokens.tobytes()]) for tokens in found]
 
 
 def gradient(steps: Made, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
@@ -123,8 +132,13 @@ def gradient(steps: Made, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     return float(jax.device_get(sums).loss.total), numpy(state.opt_state[1][0].mu)
 
 
-def alone(steps: Made, documents: list[Document]) -> list[tuple[int, float, dict]]:
-    """Return (scored tokens, mean NLL, its gradient) of each document alone, from full logits."""
+def alone(
+    steps: Made, documents: list[tuple[np.ndarray, np.ndarray]]
+) -> list[tuple[int, float, dict]]:
+    """Return (scored tokens, mean NLL, its gradient) of each document alone, from full logits.
+
+    `documents`: tokens, and which are scored.
+    """
     run = steps.run
 
     def mean_nll(trainable, ids, targets, mask):
@@ -139,11 +153,7 @@ def alone(steps: Made, documents: list[Document]) -> list[tuple[int, float, dict
     results = []
     with jax.set_mesh(steps.mesh):
         call = jax.jit(jax.value_and_grad(mean_nll), compiler_options=QUICK)
-        for document in documents:
-            tokens, marks = (
-                document.tokens,
-                loss_mask(document.tokens, run.data.mask, document.turns),
-            )
+        for tokens, marks in documents:
             padding = run.data.seq_len - len(tokens)
             ids = np.pad(tokens, (0, padding))
             targets, mask = (
@@ -216,6 +226,21 @@ def test_unpacked_rows_have_the_same_objective(steps, lora_run, choice):
     loss, grads = gradient(steps(ONE), batch)
     np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
     assert distance(grads, right) < 1e-5
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_streams_of_condition_dropout_have_their_own_gradients(steps, lora_run, pack):
+    """Packed or not, on any mesh: the mean over documents, each alone as its guidance stream."""
+    dropout = config.ConditionDropout(text=0.4, image=0.0, all=0.4)
+    run = weighing(lora_run, "document", condition_dropout=dropout, pack=pack)
+    batch = loader.train_batches(run, run.data.train).batch(1)
+    documents = documents_of(batch, run)
+    assert sum(len(tokens) == 6 for tokens, _ in documents) >= 2  # BOS, BOI and four codes
+    right_loss, right = expected(alone(steps(ONE), documents), "document")
+    for shape in (ONE, (2, 2, 2)) if pack else (ONE,):
+        loss, grads = gradient(steps(shape), batch)
+        np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
+        assert distance(grads, right) < 1e-5
 
 
 def rows_equal(batch: Batch) -> np.ndarray:
