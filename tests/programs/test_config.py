@@ -23,7 +23,8 @@ LAUNCHES = {  # sections of docs/guides/launch.md: devices, and whether they are
 @pytest.mark.parametrize(
     "name",
     ["base", "tiny", "tiny_base", "tiny_instruct", "chameleon_30b", "medmax_7b_paper",
-     "medmax_7b_lora", "medmax_7b_qlora", "medmax_7b_full", "chameleon_30b_lora"],
+     "medmax_7b_lora", "medmax_7b_images", "medmax_7b_qlora", "medmax_7b_full",
+     "chameleon_30b_lora"],
 )  # fmt: skip
 def test_every_config_file_builds_and_survives_a_round_trip(name):
     run = config.from_config_dict(importlib.import_module(f"configs.{name}").get_config())
