@@ -11,8 +11,6 @@ from medmax_jax.configs import sampling
 
 def get_config() -> ConfigDict:
     config = _model_config()
-    config.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))  # MedMax training/train.py
-    config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))
     config.data = ConfigDict(
         dict(
             train="records/train",
@@ -38,6 +36,7 @@ def get_config() -> ConfigDict:
             fraction_seed=0,
         )
     )
+    config.loss = ConfigDict(dict(weights=dict(text=1.0, image=1.0, tasks="")))  # as released
     config.optim = ConfigDict(
         dict(  # peak and warm-up: the paper; the rest: HF Trainer defaults, which it did not change
             peak_lr=1e-4,
@@ -74,7 +73,7 @@ def get_config() -> ConfigDict:
 
 
 def _model_config() -> ConfigDict:
-    """Return the sections of the networks."""
+    """Return the sections of the networks and of the devices."""
     config = ConfigDict()
     config.vocab = ConfigDict(dict(size=65_536, image_codes=8_192, text_start=16_384))
     config.model = ConfigDict(
@@ -110,4 +109,6 @@ def _model_config() -> ConfigDict:
             norm_groups=32,  # fixed in the code of taming-transformers
         )
     )
+    config.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))  # MedMax training/train.py
+    config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))
     return config

@@ -14,7 +14,8 @@ packed epochs; host h of H reads the h-th of H equal parts of the rows of a step
 
 `weights[:, t]` belongs to the prediction of ids[:, t] from the tokens before it, so the loss of a
 step is sum(weights * nll); the weights sum to 1 over the global batch. With loss_weight token, each
-scored token above has weight 1/5.
+scored token above has weight 1/5. The factors of config.loss.weights multiply these weights before
+their sum is made 1 again.
 """
 
 import dataclasses
@@ -25,8 +26,9 @@ from typing import NamedTuple
 import grain
 import jax
 import numpy as np
+from jaxtyping import Float
 
-from medmax_jax.config import ConditionDropout, Run
+from medmax_jax.config import ConditionDropout, LossWeights, Run, task_weights
 from medmax_jax.data.packing import condition_dropout, mixing
 from medmax_jax.data.packing.condition_dropout import trained_tokens
 from medmax_jax.data.packing.pack import Row
@@ -34,7 +36,7 @@ from medmax_jax.data.records import reader
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.endpoints import egress
 from medmax_jax.models.guidance_streams import FULL
-from medmax_jax.models.vocab import PAD
+from medmax_jax.models.vocab import PAD, is_image
 from medmax_jax.training.batch import MAX_GROUPS, Batch, BatchStats
 
 
@@ -66,10 +68,12 @@ class BatchLoader:
         self._hosts = jax.process_count() if hosts is None else hosts
         self._check()
         self._mixing = run.mixing
-        if one_pass:  # each held-out document once and complete, whatever training draws
+        if one_pass:  # each held-out document once and complete, whatever training draws or weighs
             self._mixing = dataclasses.replace(run.mixing, weights="", leave_out="", fraction=1.0)
             complete = dataclasses.replace(run.data, condition_dropout=ConditionDropout.off())
-            run = self._run = dataclasses.replace(run, data=complete)
+            unweighted = dataclasses.replace(run.loss, weights=LossWeights.off())
+            run = self._run = dataclasses.replace(run, data=complete, loss=unweighted)
+        self._task_weight = self._checked_task_weights()
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
         if run.data.plan not in ("", self.plan) and not one_pass:
@@ -106,14 +110,15 @@ class BatchLoader:
         columns = (mask := self._run.data.mask, f"{mask}_image")
         scored, image = (self.records.index[n][documents].astype(np.int64) for n in columns)
         dropped, codes = streams != FULL, self.records.layout.codes_per_image
-        scored, image = (int(np.where(dropped, codes, n).sum()) for n in (scored, image))
+        scored, image = (np.where(dropped, codes, n) for n in (scored, image))
         lengths = lengths.astype(np.int64)
         tokens = int(lengths.sum())
         return BatchStats(
             epoch=self._epochs.epoch(step * size),
             documents=len(documents),
-            scored_text=scored - image,
-            scored_image=image,
+            scored_text=int((scored - image).sum()),
+            scored_image=int(image.sum()),
+            loss_weight=float(self._loss_weight(documents, scored, image).sum()),
             tokens=tokens,
             squared_lengths=int((lengths**2).sum()),
             fill=tokens / (size * seq_len),
@@ -167,9 +172,13 @@ class BatchLoader:
         numbers, _, streams = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         mask = self._run.data.mask
         trained = [
-            TrainedDocument(*trained_tokens(document, stream, self.records, mask), kind)
-            for document, stream, kind in zip(
-                self.records.read(numbers), streams.tolist(), self._kind[numbers], strict=True
+            TrainedDocument(*trained_tokens(document, stream, self.records, mask), kind, weight)
+            for document, stream, kind, weight in zip(
+                self.records.read(numbers),
+                streams.tolist(),
+                self._kind[numbers],
+                self._task_weight[self.records.index["task"][numbers]],
+                strict=True,
             )
         ]
         documents = iter(trained)
@@ -186,6 +195,38 @@ class BatchLoader:
     def _documents(self, step: int) -> np.ndarray:
         """Return the numbers of the documents of a step."""
         return np.concatenate([row.documents for row in self._rows(step)])
+
+    def _loss_weight(
+        self, documents: np.ndarray, scored: np.ndarray, image: np.ndarray
+    ) -> Float[np.ndarray, "n"]:
+        """Return the sum of each document's loss weights before their sum is made 1.
+
+        `scored`, `image`: its scored tokens, and those of them that are image codes.
+        """
+        run, weights = self._run, self._run.loss.weights
+        sums = weights.text * (scored - image) + weights.image * image
+        if run.train.loss_weight == "document":
+            sums = sums / np.maximum(scored, 1)
+        return self._task_weight[self.records.index["task"][documents]] * sums
+
+    def _checked_task_weights(self) -> Float[np.ndarray, "TASKS"]:
+        """Return the factor of each task; raise RecordsError if the weights train no document."""
+        weights, names = self._run.loss.weights, self.records.names("task")
+        named, folder = task_weights(weights), self.records.folder
+        if unknown := [name for name in named if name not in names]:
+            raise RecordsError(
+                f"config.loss.weights.tasks is {weights.tasks!r}: {folder} has no task "
+                f"{unknown[0]!r}; use names from {', '.join(names)}"
+            )
+        self._task_weight = np.array([named.get(name, 1.0) for name in names])
+        columns = (mask := self._run.data.mask, f"{mask}_image")
+        counts = (self.records.index[name] for name in columns)
+        if not self._loss_weight(np.arange(len(self.records)), *counts).any():
+            raise RecordsError(
+                f"config.loss.weights is {weights}: every scored token of {folder} has weight 0, "
+                "so nothing would train; increase a weight"
+            )
+        return self._task_weight
 
     def _in_range(self, step: int) -> int:
         if not 0 <= step < len(self):
@@ -231,22 +272,23 @@ class TrainedDocument(NamedTuple):
     tokens: np.ndarray
     scored: np.ndarray
     kind: int
+    weight: float  # of its task
 
 
 def _batch(rows: list[list[TrainedDocument]], stats: BatchStats, run: Run) -> Batch:
     shape = (len(rows), run.data.seq_len)
     ids, weights = np.full(shape, PAD, np.int32), np.zeros(shape, np.float32)
     segments, positions, kinds = (np.zeros(shape, np.int32) for _ in range(3))
+    factors, total = run.loss.weights, stats.loss_weight or 1.0  # 0: no document is weighted
     for r, row in enumerate(rows):
         start = 0
-        for n, (tokens, mask, kind) in enumerate(row):
+        for n, (tokens, mask, kind, weight) in enumerate(row):
             span = slice(start, start + len(tokens))
             ids[r, span] = tokens
             segments[r, span], kinds[r, span] = n + 1, kind
             positions[r, span] = np.arange(len(tokens))
-            if run.train.loss_weight == "document":
-                weights[r, span] = mask / (mask.sum() * stats.documents)
-            else:
-                weights[r, span] = mask / (stats.scored_text + stats.scored_image)
+            weighted = mask * np.where(is_image(tokens, run.vocab), factors.image, factors.text)
+            scored = mask.sum() if run.train.loss_weight == "document" else 1
+            weights[r, span] = weight * weighted / (scored * total)
             start = span.stop
     return Batch(ids, segments, positions, weights, kinds)

@@ -10,6 +10,7 @@ raise ConfigError.
 import dataclasses
 import hashlib
 import json
+import math
 import types
 from typing import Any
 
@@ -131,6 +132,24 @@ class Mixing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Factors of the loss of single targets, before the sum of all weights of a step is made 1."""
+
+    text: float  # of text targets, BOI and EOI included
+    image: float  # of image codes
+    tasks: str  # "VQA=2, Visual Chat=0.5": of all targets of a task's documents; others 1
+
+    @classmethod
+    def off(cls) -> "LossWeights":
+        return cls(text=1.0, image=1.0, tasks="")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    weights: LossWeights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     peak_lr: float
     warmup_ratio: float  # of all steps
@@ -187,6 +206,7 @@ class Run:
     mesh: Mesh
     data: Data
     mixing: Mixing
+    loss: Loss
     optim: Optim
     train: Train
     sample: Sample
@@ -241,6 +261,7 @@ BOUNDS = {
 # Fields that older configs, runs and checkpoints lack, with the value that they meant.
 ADDED = {
     "data.condition_dropout": {"text": 0.0, "image": 0.0, "all": 0.0},
+    "run.loss": {"weights": {"text": 1.0, "image": 1.0, "tasks": ""}},
 }
 MAX_POSITIONS = 1 << 24  # RoPE computes in fp32, which has no odd numbers beyond
 MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
@@ -270,6 +291,7 @@ def check(run: Run) -> None:
     check_model(run.model, run.vocab, run.vq)
     _check_sizes(run)
     check_condition_dropout(run.data.condition_dropout)
+    check_loss_weights(run.loss.weights)
 
 
 def check_model(model: Model, vocab: Vocab, vq: VQ) -> None:
@@ -308,7 +330,10 @@ def with_added_fields(settings: dict[str, Any]) -> dict[str, Any]:
     filled = dict(settings)
     for name, value in ADDED.items():
         section, field = name.split(".")
-        filled[section] = {field: value} | filled.get(section, {})
+        if section == "run":
+            filled = {field: value} | filled
+        else:
+            filled[section] = {field: value} | filled.get(section, {})
     return filled
 
 
@@ -475,6 +500,34 @@ def check_condition_dropout(dropout: ConditionDropout) -> None:
     requirement = "such that text, image and all sum to at most 1"
     within = sum(probabilities.values()) <= 1
     _rule(within, "data.condition_dropout", probabilities, requirement)
+
+
+def check_loss_weights(weights: LossWeights) -> None:
+    """Raise ConfigError on a factor that is negative or not finite, and where both are 0."""
+    for name in ("text", "image"):
+        value = getattr(weights, name)
+        _rule(0 <= value < math.inf, f"loss.weights.{name}", value, "at least 0, and finite")
+    both = {"text": weights.text, "image": weights.image}
+    _rule(
+        any(both.values()), "loss.weights", both, "above 0 for text or image, else nothing trains"
+    )
+    task_weights(weights)
+
+
+def task_weights(weights: LossWeights) -> dict[str, float]:
+    """Return the factor of each task that is named: {"VQA": 2.0, "Visual Chat": 0.5}."""
+    parsed: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in weights.tasks.split(","))):
+        name, _, number = (word.strip() for word in part.rpartition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        valid = bool(name) and name not in parsed and 0 <= value < math.inf
+        requirement = "name=number pairs separated by commas, each task once and at least 0: "
+        _rule(valid, "loss.weights.tasks", weights.tasks, f"{requirement}{part!r} is not")
+        parsed[name] = value
+    return parsed
 
 
 def _rule(holds: bool, name: str, value: Any, requirement: str) -> None:

@@ -291,7 +291,7 @@ def log_run_summary(
         log(f"changed since the last checkpoint: {change}")
     log(f"settings, versions, fingerprints of base and records: {job.work.url('config.json')}")
     log(f"curves: {tensorboard_command(job.work.path)}")
-    log(loss_legend(run.train.loss_weight))
+    log(loss_legend(run.train.loss_weight, run.loss.weights))
     log(
         f"resuming after step {start} of {run.train.steps}; the tables are in the log of the first "
         "start"
@@ -306,9 +306,16 @@ def tensorboard_command(folder: str) -> str:
     return f"{install}tensorboard --logdir {shlex.quote(folder)}"
 
 
-def loss_legend(loss_weight: str) -> str:
+def loss_legend(loss_weight: str, weights: config.LossWeights) -> str:
     """Return what `loss`, `text` and `image` of the log are: their unit, and how they differ."""
     parts = "text, image: mean over all scored text tokens, and over all scored image tokens"
+    if weights != config.LossWeights.off():
+        factors = f"text {weights.text:g}, image {weights.image:g}"
+        factors += f", {weights.tasks}" if weights.tasks else ""
+        parts += (
+            f". In the loss of training each is multiplied by config.loss.weights ({factors}), and "
+            "those of weight 0 are in none of the three; validation_loss is unweighted"
+        )
     if loss_weight == "token":
         return f"loss: mean over all scored tokens, in nats per token; {parts}"
     return (

@@ -20,7 +20,8 @@ from medmax_jax import config, sharding
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.data import loader
 from medmax_jax.data.packing.condition_dropout import trained_tokens
-from medmax_jax.data.records.document import loss_mask
+from medmax_jax.data.records import writer
+from medmax_jax.data.records.document import Layout, RecordsError, loss_mask
 from medmax_jax.models import chameleon
 from medmax_jax.models.guidance_streams import IMAGE_ONLY, TEXT_ONLY, UNCONDITIONAL
 from medmax_jax.models.vocab import is_image
@@ -31,12 +32,22 @@ QUICK = {"xla_backend_optimization_level": 0}  # compile time is what these test
 ONE = (1, 1, 1)
 SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ((1, 8, 1), (1, 2, 4))]
 WEIGHTS = ["document", "token"]
+TASKS = ("VQA", "Visual Chat", "Image Generation")
+FACTORS = config.LossWeights(text=0.5, image=3.0, tasks="VQA=0.25, Image Generation=2")
 NEVER = 1e9  # a norm that no gradient has
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    return micro_run.write(tmp_path_factory.mktemp("records") / "r", count=61)
+    """Write documents of three tasks, in turn."""
+    made = [
+        dataclasses.replace(d, task=TASKS[n % 3])
+        for n, d in enumerate(micro_run.documents(61, seed=0))
+    ]
+    layout = Layout(vocab=micro_run.run().vocab, codes_per_image=4, tokenizer="", vqgan="")
+    path = tmp_path_factory.mktemp("records") / "r"
+    writer.write(path, made, shard_size=16, layout=layout, notes={})
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +179,12 @@ def alone(
 
 def expected(parts: list[tuple[int, float, dict]], choice: str) -> tuple[float, dict]:
     """Return the mean over documents, or over all their tokens, of the separate results."""
-    counts = np.array([count for count, *_ in parts], float)
-    shares = np.ones(len(parts)) / len(parts) if choice == "document" else counts / counts.sum()
-    names = parts[0][2]
+    return expected_with([1 if choice == "document" else count for count, *_ in parts], parts)
+
+
+def expected_with(weights: list[float], parts: list[tuple[int, float, dict]]) -> tuple[float, dict]:
+    """Return the weighted mean of the separate results."""
+    shares, names = np.array(weights, float) / np.sum(weights), parts[0][2]
     loss = sum(s * value for s, (_, value, _) in zip(shares, parts, strict=True))
     sums = {
         n: sum(s * grads[n].astype(float) for s, (*_, grads) in zip(shares, parts, strict=True))
@@ -241,6 +255,82 @@ def test_streams_of_condition_dropout_have_their_own_gradients(steps, lora_run, 
         loss, grads = gradient(steps(shape), batch)
         np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
         assert distance(grads, right) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def weighted_reference(steps, lora_run):
+    """Return by loss_weight (loss, gradients) with FACTORS, document by document."""
+    documents = documents_of(first_batch(lora_run), lora_run)
+    tasks = {d.tokens.tobytes(): d.task for d in loader.train_batches(
+        lora_run, lora_run.data.train).records}  # fmt: skip
+    of_task, factors = config.task_weights(FACTORS), []
+    for tokens, scored in documents:
+        modality = np.where(is_image(tokens, lora_run.vocab), FACTORS.image, FACTORS.text)
+        factors.append(scored * modality * of_task.get(tasks[tokens.tobytes()], 1.0))
+    parts = alone(steps(ONE), [(t, f) for (t, _), f in zip(documents, factors, strict=True)])
+    results = {}
+    for choice in WEIGHTS:
+        lengths = [scored.sum() if choice == "document" else 1 for _, scored in documents]
+        shares = [f.sum() / n for f, n in zip(factors, lengths, strict=True)]
+        results[choice] = expected_with(shares, parts)
+    return results
+
+
+@pytest.mark.parametrize("choice", WEIGHTS)
+@pytest.mark.parametrize("shape", [ONE, (2, 2, 2)])
+def test_factors_of_modality_and_task_weigh_gradients(
+    steps, lora_run, reference, weighted_reference, shape, choice
+):
+    run = weighing(lora_run, choice)
+    run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, weights=FACTORS))
+    batch = first_batch(run)
+    assert batch.weights.sum() == pytest.approx(1, rel=1e-5)
+    loss, grads = gradient(steps(shape), batch)
+    right_loss, right = weighted_reference[choice]
+    np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
+    assert distance(grads, right) < 1e-5
+    assert distance(grads, reference[choice][1]) > 1e-2
+
+
+def test_equal_factors_change_nothing(lora_run):
+    """Bit for bit: factors of 1, and where all tasks have the same factor, up to rounding."""
+    plain = first_batch(lora_run)
+    for weights, exact in (
+        (config.LossWeights(text=1.0, image=1.0, tasks="VQA=1"), True),
+        (config.LossWeights(text=3.0, image=3.0, tasks=""), False),
+        (
+            config.LossWeights(
+                text=1.0, image=1.0, tasks="VQA=7, Visual Chat=7, Image Generation=7"
+            ),
+            False,
+        ),
+    ):
+        run = dataclasses.replace(
+            lora_run, loss=dataclasses.replace(lora_run.loss, weights=weights)
+        )
+        weighted = first_batch(run).weights
+        np.testing.assert_allclose(weighted, plain.weights, rtol=0 if exact else 1e-6)
+
+
+def test_validation_is_unweighted(lora_run):
+    loss = dataclasses.replace(lora_run.loss, weights=FACTORS)
+    run = dataclasses.replace(lora_run, loss=loss)
+    ours, theirs = (loader.eval_batches(r, r.data.train).batch(0) for r in (run, lora_run))
+    np.testing.assert_array_equal(ours.weights, theirs.weights)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (dict(tasks="VQ=2"), "weights.tasks is 'VQ=2': .* has no task 'VQ'; use names from Image"),
+        (dict(tasks="VQA=0, Visual Chat=0, Image Generation=0"), "has weight 0, so nothing would"),
+    ],
+)
+def test_weights_without_effect_are_refused(lora_run, weights, message):
+    weights = dataclasses.replace(config.LossWeights.off(), **weights)
+    run = dataclasses.replace(lora_run, loss=dataclasses.replace(lora_run.loss, weights=weights))
+    with pytest.raises(RecordsError, match=message):
+        loader.train_batches(run, run.data.train)
 
 
 def rows_equal(batch: Batch) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Config files become frozen settings; the error of a wrong setting names its field and the fix."""
 
+import functools
 import importlib
 import math
 import pathlib
@@ -57,6 +58,16 @@ def test_positions_are_exact_in_fp32():
         ("optim.peak_lr", None, "config.optim.peak_lr is missing"),
         ("optim.peak_lr", "fast", "config.optim.peak_lr is 'fast'.*float"),
         ("train.steps", 0, "config.train.steps is 0; it must be above 0"),
+        ("loss.weights.text", -1.0, "config.loss.weights.text is -1.0; it must be at least 0"),
+        ("loss.weights.image", float("inf"), "config.loss.weights.image is inf; .* finite"),
+        (
+            "loss.weights.audio",
+            1.0,
+            "config.loss.weights.audio is not a field; the fields are text",
+        ),
+        ("loss.weights.tasks", "VQA", "config.loss.weights.tasks is 'VQA'; .* 'VQA' is not"),
+        ("loss.weights.tasks", "VQA=-1", "loss.weights.tasks is 'VQA=-1'; .* 'VQA=-1' is not"),
+        ("loss.weights.tasks", "A=1, A=2", "loss.weights.tasks is 'A=1, A=2'; .* 'A=2' is not"),
         ("train.steps", 1.5, "config.train.steps is 1.5.*int"),
         ("train.trains", "bias", "config.train.trains is 'bias'.*lora, full"),
         ("model.num_kv_heads", 3, "config.model.num_heads is 32.*num_kv_heads"),
@@ -80,11 +91,12 @@ def test_positions_are_exact_in_fp32():
 )
 def test_wrong_settings_are_reported(path, value, message):
     settings = base.get_config().to_dict()
-    section, field = path.split(".")
+    *sections, field = path.split(".")
+    part = functools.reduce(lambda part, name: part[name], sections, settings)
     if value is None:
-        del settings[section][field]
+        del part[field]
     else:
-        settings[section][field] = value
+        part[field] = value
     if message is None:
         config.from_config_dict(settings)
     else:
