@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
             skip_window=0,  # off, as released; MaxText's are 128 and 6
             skip_factor=6.0,
             accumulate=1,
+            schedule="run",
         )
     )
     config.train = ConfigDict(
@@ -69,6 +70,7 @@ def get_config() -> ConfigDict:
         )
     )
     config.sample = ConfigDict(sampling.SETS["medmax_eval"])
+    config.stages = ()  # none, as in the paper
     return config.lock()
 
 

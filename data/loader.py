@@ -32,6 +32,7 @@ from medmax_jax.config import ConditionDropout, LossWeights, Run, task_weights
 from medmax_jax.data.packing import condition_dropout, mixing
 from medmax_jax.data.packing.condition_dropout import trained_tokens
 from medmax_jax.data.packing.pack import Row
+from medmax_jax.data.packing.stages import StagedLoader
 from medmax_jax.data.records import reader
 from medmax_jax.data.records.document import RecordsError
 from medmax_jax.endpoints import egress
@@ -40,9 +41,12 @@ from medmax_jax.models.vocab import PAD, is_image
 from medmax_jax.training.batch import MAX_GROUPS, Batch, BatchStats
 
 
-def train_batches(run: Run, folder: str) -> "BatchLoader":
+def train_batches(run: Run, folder: str) -> "BatchLoader | StagedLoader":
     """Return the training batches: `run.train.steps` batches, over as many epochs as they need."""
-    return BatchLoader(run, folder, one_pass=False)
+    if not run.stages:
+        return BatchLoader(run, folder, one_pass=False)
+    records = reader.open_records(folder)
+    return StagedLoader(run, lambda part: BatchLoader(part, folder, records, one_pass=False))
 
 
 def eval_batches(run: Run, folder: str) -> "BatchLoader":
@@ -57,12 +61,13 @@ class BatchLoader:
         self,
         run: Run,
         folder: str,
+        records: reader.Records | None = None,  # of the folder, if it is open
         *,
         one_pass: bool,
         host: int | None = None,  # default: this process
         hosts: int | None = None,  # default: all processes
     ):
-        self.records = reader.open_records(folder)
+        self.records = reader.open_records(folder) if records is None else records
         self._run = run
         self._host = jax.process_index() if host is None else host
         self._hosts = jax.process_count() if hosts is None else hosts

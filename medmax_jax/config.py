@@ -43,9 +43,7 @@ class Model:
     rope_theta: float
     rms_norm_eps: float
     qk_norm_eps: float
-    qk_norm_shards: (
-        int  # rows of the q/k-norm gains: 1 for 7B, 4 for 30B (one per model-parallel shard)
-    )
+    qk_norm_shards: int  # rows of the q/k-norm gains: 1 for 7B, 4 for 30B (model-parallel shards)
     swin_norm: bool  # 30B: norms after attention and MLP instead of before
     param_dtype: str  # of the frozen base weights
     quant: str  # none | int8 | int4 | nf4: format of the matrices inside the layers
@@ -161,6 +159,7 @@ class Optim:
     clip_norm: float
     skip_window: int  # steps against which a spike is measured; 0: no step is skipped
     skip_factor: float  # standard deviations above the mean of those steps
+    schedule: str  # run | stage: what warm-up and cosine span
     accumulate: int  # microbatches per step, in sequence; 1: the complete batch at once
 
 
@@ -198,6 +197,21 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run, with settings in place of the run's; a field that a file omits is the run's.
+
+    `mixing`, `condition_dropout` and `loss_weights` are of config.mixing, config.data and
+    config.loss.
+    """
+
+    steps: int
+    mixing: Mixing
+    condition_dropout: ConditionDropout
+    loss_weights: LossWeights
+    trains: str  # "q_proj, mlp": parameters with such a part in their name; empty: all that train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     vocab: Vocab
     model: Model
@@ -210,6 +224,7 @@ class Run:
     optim: Optim
     train: Train
     sample: Sample
+    stages: tuple[Stage, ...]  # in sequence; none: the settings above from first to last step
 
 
 CHOICES = {
@@ -221,6 +236,7 @@ CHOICES = {
     "data.mask": ("answers", "release"),
     "mixing.by": ("source", "task"),
     "mixing.unit": ("documents", "tokens"),
+    "optim.schedule": ("run", "stage"),
     "sample.budget": ("answer", "segment"),
     "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
@@ -262,9 +278,13 @@ BOUNDS = {
 ADDED = {
     "data.condition_dropout": {"text": 0.0, "image": 0.0, "all": 0.0},
     "run.loss": {"weights": {"text": 1.0, "image": 1.0, "tasks": ""}},
+    "optim.schedule": "run",
+    "run.stages": [],
 }
 MAX_POSITIONS = 1 << 24  # RoPE computes in fp32, which has no odd numbers beyond
 MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
+MAX_STAGES = 64
+STAGE_SEED = 1 << 20  # added to data.seed for each stage, so that no two have the same order
 
 
 def build(cls: type, config: Any) -> Any:
@@ -277,9 +297,39 @@ def build(cls: type, config: Any) -> Any:
 
 def from_config_dict(config: ConfigDict | dict[str, Any]) -> Run:
     """Return the typed run of a config; also raises ConfigError on contradictory settings."""
-    run = build(Run, config)
+    settings = config.to_dict() if isinstance(config, ConfigDict) else config
+    stages = settings.get("stages", ()) if isinstance(settings, dict) else ()
+    run = build(Run, settings | {"stages": ()} if stages else settings)
+    own = {
+        "mixing": dataclasses.asdict(run.mixing),
+        "condition_dropout": dataclasses.asdict(run.data.condition_dropout),
+        "loss_weights": dataclasses.asdict(run.loss.weights),
+        "trains": "",
+    }
+    if isinstance(stages, (list, tuple)):
+        stages = [_merged(own, stage) for stage in stages]
+    run = dataclasses.replace(run, stages=_value(tuple[Stage, ...], stages, "config.stages"))
     check(run)
     return run
+
+
+def run_of_stage(run: Run, number: int) -> Run:
+    """Return the run that a stage is by itself: its settings and steps, and no stages."""
+    stage = run.stages[number]
+    return dataclasses.replace(
+        run,
+        data=data_of_stage(run.data, stage, number),
+        mixing=stage.mixing,
+        loss=dataclasses.replace(run.loss, weights=stage.loss_weights),
+        train=dataclasses.replace(run.train, steps=stage.steps),
+        stages=(),
+    )
+
+
+def data_of_stage(data: Data, stage: Stage, number: int) -> Data:
+    """Return the settings of a stage's rows; those of stage 0 have the run's seed."""
+    seed = data.seed + STAGE_SEED * number
+    return dataclasses.replace(data, condition_dropout=stage.condition_dropout, seed=seed, plan="")
 
 
 def check(run: Run) -> None:
@@ -292,6 +342,7 @@ def check(run: Run) -> None:
     _check_sizes(run)
     check_condition_dropout(run.data.condition_dropout)
     check_loss_weights(run.loss.weights)
+    _check_stages(run)
 
 
 def check_model(model: Model, vocab: Vocab, vq: VQ) -> None:
@@ -323,18 +374,6 @@ def check_vq(vq: VQ) -> None:
     _rule(vq.channels % vq.norm_groups == 0, "vq.channels", vq.channels, requirement)
     requirement = f"a multiple of {vq.downsampling}"
     _rule(vq.image_size % vq.downsampling == 0, "vq.image_size", vq.image_size, requirement)
-
-
-def with_added_fields(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run, as JSON has them, with the fields that an older one lacks."""
-    filled = dict(settings)
-    for name, value in ADDED.items():
-        section, field = name.split(".")
-        if section == "run":
-            filled = {field: value} | filled
-        else:
-            filled[section] = {field: value} | filled.get(section, {})
-    return filled
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -392,6 +431,13 @@ def check_bounds(name: str, value: Any, where: str) -> None:
         raise ConfigError(f"{where} is {quoted(value)}; it must be {allowed}")
 
 
+def _merged(own: dict[str, Any], given: Any) -> Any:
+    """Return `own` with the values of `given`, of nested sections too; anything else unchanged."""
+    if not isinstance(own, dict) or not isinstance(given, dict):
+        return given
+    return own | {name: _merged(own.get(name), value) for name, value in given.items()}
+
+
 def _names(cls: type) -> str:
     return ", ".join(f.name for f in dataclasses.fields(cls))
 
@@ -401,6 +447,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return _build(kind, value, where)
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _value(kind.__args__[0], value, where)
+    if kind == tuple[Stage, ...]:
+        if not isinstance(value, (list, tuple)) or len(value) > MAX_STAGES:
+            raise ConfigError(f"{where} must be a list of at most {MAX_STAGES} sections")
+        return tuple(_value(Stage, stage, f"{where}[{n}]") for n, stage in enumerate(value))
     if kind == tuple[str, ...]:  # a list, or its names separated by commas
         names = [v for v in value.split(",") if v] if isinstance(value, str) else value
         if not isinstance(names, (list, tuple)) or not all(type(v) is str for v in names):
@@ -437,58 +487,51 @@ def _check_sizes(run: Run) -> None:
     _rule(0 < share <= 1, "mixing.fraction", share, "above 0 and at most 1")
     _rule(run.optim.accumulate > 0, "optim.accumulate", run.optim.accumulate, "above 0")
     rows = run.mesh.data * run.mesh.fsdp * run.optim.accumulate
-    _rule(
-        d.batch_size % rows == 0,
-        "data.batch_size",
-        d.batch_size,
-        f"a multiple of data x fsdp x optim.accumulate = {rows}",
-    )
+    requirement = f"a multiple of data x fsdp x optim.accumulate = {rows}"
+    _rule(d.batch_size % rows == 0, "data.batch_size", d.batch_size, requirement)
     lora, full = run.train.trains == "lora", run.train.trains == "full"
-    _rule(
-        not lora or run.lora.rank > 0,
-        "lora.rank",
-        run.lora.rank,
-        "above 0 when train.trains is lora",
-    )
-    requirement = f"0 when train.trains is {run.train.trains}"
-    _rule(lora or run.lora.rank == 0, "lora.rank", run.lora.rank, requirement)
-    full_precision = (
-        m.param_dtype == "float32" or not full
-    )  # bfloat16 would round small updates away
+    rank, requirement = run.lora.rank, f"0 when train.trains is {run.train.trains}"
+    _rule(not lora or rank > 0, "lora.rank", rank, "above 0 when train.trains is lora")
+    _rule(lora or rank == 0, "lora.rank", rank, requirement)
+    full_precision = m.param_dtype == "float32" or not full  # bfloat16 rounds small updates away
     _rule(full_precision, "model.param_dtype", m.param_dtype, "float32 when train.trains is full")
     if m.attention.startswith("splash"):
         _rule(d.seq_len % 128 == 0, "data.seq_len", d.seq_len, "a multiple of 128 for splash")
     supported = m.compute_dtype == "bfloat16" or m.attention != "cudnn"  # its kernels have no fp32
-    _rule(
-        supported, "model.compute_dtype", m.compute_dtype, "bfloat16 when model.attention is cudnn"
-    )
+    requirement = "bfloat16 when model.attention is cudnn"
+    _rule(supported, "model.compute_dtype", m.compute_dtype, requirement)
     unquantized = m.quant == "none"  # convert makes quantized matrices; a full export has none
     requirement = f"none when train.trains is {run.train.trains}"
     _rule(unquantized or lora, "model.quant", m.quant, requirement)
-    _rule(
-        unquantized or bool(run.train.init_from),
-        "train.init_from",
-        "",
-        f"set when model.quant is {m.quant}",
-    )
+    has_base, requirement = bool(run.train.init_from), f"set when model.quant is {m.quant}"
+    _rule(unquantized or has_base, "train.init_from", "", requirement)
     _rule(0 <= run.lora.dropout < 1, "lora.dropout", run.lora.dropout, "in [0, 1)")
-    _rule(
-        0 <= run.optim.warmup_ratio < 1, "optim.warmup_ratio", run.optim.warmup_ratio, "in [0, 1)"
-    )
+    warmup = run.optim.warmup_ratio
+    _rule(0 <= warmup < 1, "optim.warmup_ratio", warmup, "in [0, 1)")
     window, factor = run.optim.skip_window, run.optim.skip_factor
     _rule(window == 0 or window > 1, "optim.skip_window", window, "0, or above 1")
     _rule(not window or factor > 0, "optim.skip_factor", factor, "above 0")
     for name in ("eval_every", "samples"):
-        _rule(
-            getattr(run.train, name) >= 0, f"train.{name}", getattr(run.train, name), "at least 0"
-        )
+        value = getattr(run.train, name)
+        _rule(value >= 0, f"train.{name}", value, "at least 0")
     samples_possible = not run.train.samples or bool(run.train.init_from and run.data.validation)
-    requirement = (
-        "0 unless train.init_from (for its tokenizer and VQGAN) and data.validation are set"
-    )
+    requirement = "0 unless train.init_from (its tokenizer and VQGAN) and data.validation are set"
     _rule(samples_possible, "train.samples", run.train.samples, requirement)
     for name in ("steps", "log_every", "checkpoint_every", "keep"):
         _rule(getattr(run.train, name) > 0, f"train.{name}", getattr(run.train, name), "above 0")
+
+
+def _check_stages(run: Run) -> None:
+    for number, stage in enumerate(run.stages):
+        _rule(stage.steps > 0, f"stages[{number}].steps", stage.steps, "above 0")
+        try:
+            check(run_of_stage(run, number))
+        except ConfigError as error:
+            raise ConfigError(f"config.stages[{number}]: {error}") from error
+    if run.stages:
+        steps = [stage.steps for stage in run.stages]
+        requirement = f"{run.train.steps} in all, equal to train.steps, not {sum(steps)}"
+        _rule(sum(steps) == run.train.steps, "stages: steps", steps, requirement)
 
 
 def check_condition_dropout(dropout: ConditionDropout) -> None:
@@ -508,9 +551,8 @@ def check_loss_weights(weights: LossWeights) -> None:
         value = getattr(weights, name)
         _rule(0 <= value < math.inf, f"loss.weights.{name}", value, "at least 0, and finite")
     both = {"text": weights.text, "image": weights.image}
-    _rule(
-        any(both.values()), "loss.weights", both, "above 0 for text or image, else nothing trains"
-    )
+    requirement = "above 0 for text or image, else nothing trains"
+    _rule(any(both.values()), "loss.weights", both, requirement)
     task_weights(weights)
 
 

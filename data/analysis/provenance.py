@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
 
-from medmax_jax.config import ConfigError, Data, Mixing, build
+from medmax_jax.config import ConfigError, Data, Mixing, Stage, build
 from medmax_jax.data.analysis import near_duplicates, scan
 from medmax_jax.data.image_tokens.encoder import PrepareError, log
 from medmax_jax.data.image_tokens.store_reader import open_codes
-from medmax_jax.data.packing import mixing, plan_file
+from medmax_jax.data.packing import mixing, plan_file, stages
 from medmax_jax.data.packing.condition_dropout import trained_tokens
 from medmax_jax.data.packing.pack import PackError, Plan
 from medmax_jax.data.records.reader import Records, open_records
@@ -301,6 +301,8 @@ def _check_start(line: dict[str, Any]) -> None:
             raise ValueError(f"field {name!r} is not of type {expected.__name__}")
     if not all(isinstance(line["config"][name], dict) for name in ("data", "mixing")):
         raise ValueError("config has no sections data and mixing")
+    if not isinstance(line["config"].get("stages", []), list):
+        raise ValueError("config.stages is not a list")
 
 
 def _steps_of_start(
@@ -319,22 +321,31 @@ def _steps_of_start(
         return [], line | dict(unknown=f"its records {start['data'][:16]} are not in these folders")
     records, documents = (found := sources[start["data"]]).records, found.documents
     try:
-        data = build(Data, {"plan": ""} | start["config"]["data"])
-        epochs = mixing.epochs(records, data, build(Mixing, start["config"]["mixing"]))
+        parts = _stages(start["config"])
+        plans = [mixing.epochs(records, data, mixture) for data, mixture, *_ in parts]
     except (ConfigError, PackError) as error:
         return [], line | dict(unknown=f"its settings give no plan ({error})")
-    if epochs.first.fingerprint != start["plan"]:
+    if stages.fingerprint([epochs.first.fingerprint for epochs in plans]) != start["plan"]:
         return [], line | dict(unknown="its records and settings now give another plan")
-    seen, row, epoch, size = [], 0, 0, data.batch_size
-    while len(documents) and row < end * size:
-        plan = epochs.plan(epoch)
-        steps = np.unique((row + found.rows_of(plan, data.mask)) // size) + 1
-        seen += [(int(s), epoch) for s in steps if start["start"] < s <= end]
-        row, epoch = row + len(plan), epoch + 1
+    seen = []
+    for (data, _, first, last), epochs in zip(parts, plans, strict=True):
+        last, row, epoch, size = min(last, end), 0, 0, data.batch_size
+        while len(documents) and row < (last - first) * size:
+            plan = epochs.plan(epoch)
+            steps = first + np.unique((row + found.rows_of(plan, data.mask)) // size) + 1
+            seen += [(int(s), epoch) for s in steps if start["start"] < s <= last]
+            row, epoch = row + len(plan), epoch + 1
     if seen:
         steps = dict(first_step=seen[0][0], epoch=seen[0][1], last_step=seen[-1][0])
         return seen, line | dict(seen=len(seen)) | steps
     return [], (line | dict(not_seen_by_step=end)) if len(documents) or in_validation else None
+
+
+def _stages(config: dict[str, Any]) -> list[tuple[Data, Mixing, int, float]]:
+    """Return packing.stages.parts of a run's settings, which may be older than some fields."""
+    data = build(Data, {"plan": ""} | config["data"])
+    run_stages = [build(Stage, stage) for stage in config.get("stages", [])]
+    return stages.parts(data, build(Mixing, config["mixing"]), run_stages)
 
 
 def _sorted_names(names: set[int]) -> UInt64[np.ndarray, "_"]:

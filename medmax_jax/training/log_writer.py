@@ -141,8 +141,9 @@ def format_step(step: int, steps: int, row: dict[str, float], *, eta: float) -> 
     padding) fill 0.93 data 1% MFU 51.2% HFU 60.1% HBM 12.1 GiB eta 1:23. A chip without known
     limits has no MFU, and a device that does not report its memory has no HBM.
     """
+    stage = f" stage {row['stage']}" if "stage" in row else ""
     parts = [
-        f"step {step}/{steps} {format_losses(row)} lr {row['lr']:.1e}",
+        f"step {step}/{steps}{stage} {format_losses(row)} lr {row['lr']:.1e}",
         f"tok/s/chip {row['tokens_per_second_per_chip']:,.0f}",
         f"({row['processed_per_second_per_chip']:,.0f} with padding) fill {row['fill']:.2f}",
         f"data {row['data_share']:.0%}",

@@ -27,7 +27,7 @@ from medmax_jax.io.progress import report_waiting
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import shard_batch
 from medmax_jax.storage.workdir import Workdir
-from medmax_jax.training import log_writer, metrics, step
+from medmax_jax.training import log_writer, metrics, stages, step
 from medmax_jax.training.batch import BatchSource, BatchStats
 from medmax_jax.training.run_files import LogFile
 
@@ -86,7 +86,7 @@ class Reporter:
         self.flush(done)
         job = self._job
         row = metrics.compute_means(self._interval) | self._since.rates(job)
-        row |= {"epoch": job.train_data.stats(done - 1).epoch}
+        row |= {"epoch": job.train_data.stats(done - 1).epoch} | stages.reported(job.run, done)
         eta = (job.run.train.steps - done) * self._since.seconds_per_step()
         job.writer.log(log_writer.format_step(done, job.run.train.steps, row, eta=eta))
         kinds = metrics.by_kind(self._interval, job.train_data.kinds)
@@ -204,9 +204,11 @@ class Evaluator:
             with job.clock.measure("eval"):
                 sums = metrics.to_host(self._step(state.trainable, job.frozen, batch))
             total = sums if total is None else total.merge(sums)
-        row = metrics.compute_means(total)
-        job.writer.log(f"validation after step {done}: {log_writer.format_losses(row)}")
-        job.writer.write("validation", done, row | metrics.by_kind(total, job.eval_data.kinds))
+        row, stage = metrics.compute_means(total), stages.reported(job.run, done)
+        after = "".join(f" of stage {number}" for number in stage.values())
+        job.writer.log(f"validation after step {done}{after}: {log_writer.format_losses(row)}")
+        kinds = metrics.by_kind(total, job.eval_data.kinds)
+        job.writer.write("validation", done, row | kinds | stage)
         return {f"validation_{name}": value for name, value in row.items()}
 
 
@@ -283,6 +285,8 @@ def log_run_summary(
     environment_summary(run, job.mesh, job.train_data, job.eval_data, log=log, tables=tables)
     trainable, frozen = (chameleon.count_parameters(t) for t in (state.trainable, job.frozen))
     log(f"training {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
+    for line in stages.describe(run, state.trainable):
+        log(line)
     if tables:
         tree = safetensors_file.flatten_named(state.trainable)
         tree |= safetensors_file.flatten_named(job.frozen)

@@ -24,7 +24,7 @@ from medmax_jax import sharding
 from medmax_jax.config import Run
 from medmax_jax.models import attention, chameleon
 from medmax_jax.sharding import BATCH, with_shardings
-from medmax_jax.training import loss, optimizer
+from medmax_jax.training import loss, optimizer, stages
 from medmax_jax.training.batch import Batch
 from medmax_jax.training.metrics import EvalMetrics, TrainMetrics
 
@@ -81,19 +81,20 @@ def init_state(trainable: PyTree, run: Run) -> TrainState:
     """Return the state of step 0; the moments are initialized in the shards of their parameters."""
 
     def make(trainable: PyTree) -> tuple[PyTree, Array]:
-        return optimizer.make_optimizer(run.optim, steps=run.train.steps).init(
-            trainable
-        ), jnp.int32(0)
+        tx = optimizer.make_optimizer(run.optim, steps=stages.schedule(run))
+        return tx.init(trainable), jnp.int32(0)
 
     return TrainState(trainable, *jax.jit(make)(trainable))
 
 
-def make_train_step(graph: Any, run: Run) -> Callable:
+def make_train_step(graph: Any, run: Run, stage: int = 0) -> Callable:
     """Return train_step(state, frozen, batch, key) -> (state, TrainMetrics).
 
-    The function is jitted, and `state` is donated.
+    The function is jitted, and `state` is donated. Stages that train the same parameters have the
+    same function: what else they change is in the batch.
     """
-    tx = optimizer.make_optimizer(run.optim, steps=run.train.steps)
+    steps, only = stages.schedule(run), stages.trains(run, stage)
+    tx = optimizer.make_optimizer(run.optim, steps=steps)
 
     def train_step(
         state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray
@@ -112,7 +113,8 @@ def make_train_step(graph: Any, run: Run) -> Callable:
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable, value=total)
         skipped = optimizer.consecutive_skips(opt_state)
-        trainable = optax.apply_updates(state.trainable, updates)
+        updated = optax.apply_updates(state.trainable, updates)
+        trainable = stages.keep_others(updated, state.trainable, only)
         metrics = TrainMetrics.single_from_model_output(
             **sums,
             loss=total,
@@ -121,7 +123,7 @@ def make_train_step(graph: Any, run: Run) -> Callable:
                 skipped > 0, skipped < optimizer.LIMIT, jnp.isfinite(total) & jnp.isfinite(norm)
             ),
             skipped=skipped > 0,
-            lr=optimizer.learning_rate(state.step, run.optim, steps=run.train.steps),
+            lr=optimizer.learning_rate(state.step, run.optim, steps=steps),
             tokens=(batch.segments > 0).sum(dtype=jnp.float32),
             positions=jnp.float32(batch.ids.size),
             steps=jnp.float32(1),
