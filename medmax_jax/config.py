@@ -431,7 +431,7 @@ def check_bounds(name: str, value: Any, where: str) -> None:
         raise ConfigError(f"{where} is {quoted(value)}; it must be {allowed}")
 
 
-def _merged(own: dict[str, Any], given: Any) -> Any:
+def _merged(own: Any, given: Any) -> Any:
     """Return `own` with the values of `given`, of nested sections too; anything else unchanged."""
     if not isinstance(own, dict) or not isinstance(given, dict):
         return given

@@ -45,7 +45,7 @@ from medmax_jax.sharding import make_mesh, shard_batch
 from medmax_jax.storage.atomic_folder import private_folder
 from medmax_jax.storage.folder import StorageError
 from medmax_jax.training import log_writer, reporting, samples, setup, stages, step
-from medmax_jax.training.batch import Batch
+from medmax_jax.training.batch import Batch, BatchSource
 from medmax_jax.training.reporting import Evaluator, Reporter, TrainContext, TrainError
 
 ERRORS = (
@@ -178,7 +178,7 @@ def run(
         return _finish(context, state, last)
 
 
-def load_data(run: config.Run) -> tuple[loader.BatchLoader, loader.BatchLoader | None]:
+def load_data(run: config.Run) -> tuple[BatchSource, BatchSource | None]:
     """Return the training batches, and the validation batches or None.
 
     Raises RecordsError where a folder is missing, with the commands that make it.
