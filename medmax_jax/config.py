@@ -145,8 +145,17 @@ class LossWeights:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ZLoss:
+    """Coefficients of (log Z)^2, Z being the sum of exp of all logits of a position; 0: off."""
+
+    text: float  # where the target is text
+    image: float  # where it is an image code
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
     weights: LossWeights
+    z: ZLoss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +179,7 @@ class Train:
     init_from: str  # folder of base weights, or hf://ORG/NAME; empty: random weights
     steps: int
     loss_weight: str  # document | token
+    residual_dropout: float  # of what attention and MLP add to the residual stream
     seed: int
     prng_impl: str  # threefry2x32 | rbg | unsafe_rbg
     compile: str  # default | gather: options of the TPU compiler, see step.py
@@ -261,7 +271,11 @@ BOUNDS = {
 # Fields that older configs, runs and checkpoints lack, with the value that they meant.
 ADDED = {
     "data.condition_dropout": {"text": 0.0, "image": 0.0, "all": 0.0},
-    "run.loss": {"weights": {"text": 1.0, "image": 1.0, "tasks": ""}},
+    "run.loss": {
+        "weights": {"text": 1.0, "image": 1.0, "tasks": ""},
+        "z": {"text": 0.0, "image": 0.0},
+    },
+    "train.residual_dropout": 0.0,
 }
 MAX_POSITIONS = 1 << 24  # RoPE computes in fp32, which has no odd numbers beyond
 MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
@@ -292,6 +306,10 @@ def check(run: Run) -> None:
     _check_sizes(run)
     check_condition_dropout(run.data.condition_dropout)
     check_loss_weights(run.loss.weights)
+    rate = run.train.residual_dropout
+    _rule(0 <= rate < 1, "train.residual_dropout", rate, "in [0, 1)")
+    for name, value in dataclasses.asdict(run.loss.z).items():
+        _rule(0 <= value < math.inf, f"loss.z.{name}", value, "at least 0, and finite")
 
 
 def check_model(model: Model, vocab: Vocab, vq: VQ) -> None:
