@@ -36,7 +36,6 @@ def get_config() -> ConfigDict:
             fraction_seed=0,
         )
     )
-    config.loss = ConfigDict(dict(weights=dict(text=1.0, image=1.0, tasks="")))  # as released
     config.optim = ConfigDict(
         dict(  # peak and warm-up: the paper; the rest: HF Trainer defaults, which it did not change
             peak_lr=1e-4,
@@ -59,6 +58,7 @@ def get_config() -> ConfigDict:
             init_from="",
             steps=1_000,
             loss_weight="document",
+            residual_dropout=0.0,  # Chameleon's SFT: 0.05
             seed=0,
             prng_impl="threefry2x32",
             compile="default",
@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
 
 
 def _model_config() -> ConfigDict:
-    """Return the sections of the networks and of the devices."""
+    """Return the sections of the networks, the adapters, the loss and the devices."""
     config = ConfigDict()
     config.vocab = ConfigDict(dict(size=65_536, image_codes=8_192, text_start=16_384))
     config.model = ConfigDict(
@@ -110,6 +110,9 @@ def _model_config() -> ConfigDict:
             num_codes=8_192,
             norm_groups=32,  # fixed in the code of taming-transformers
         )
+    )
+    config.loss = ConfigDict(  # as released: no factors, no z-loss
+        dict(weights=dict(text=1.0, image=1.0, tasks=""), z=dict(text=0.0, image=0.0))
     )
     config.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))  # MedMax training/train.py
     config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))

@@ -143,8 +143,17 @@ class LossWeights:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ZLoss:
+    """Coefficients of (log Z)^2, Z being the sum of exp of all logits of a position; 0: off."""
+
+    text: float  # where the target is text
+    image: float  # where it is an image code
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
     weights: LossWeights
+    z: ZLoss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +178,7 @@ class Train:
     init_from: str  # folder of base weights, or hf://ORG/NAME; empty: random weights
     steps: int
     loss_weight: str  # document | token
+    residual_dropout: float  # of what attention and MLP add to the residual stream
     seed: int
     prng_impl: str  # threefry2x32 | rbg | unsafe_rbg
     compile: str  # default | gather: options of the TPU compiler, see step.py
@@ -277,7 +287,11 @@ BOUNDS = {
 # Fields that older configs, runs and checkpoints lack, with the value that they meant.
 ADDED = {
     "data.condition_dropout": {"text": 0.0, "image": 0.0, "all": 0.0},
-    "run.loss": {"weights": {"text": 1.0, "image": 1.0, "tasks": ""}},
+    "run.loss": {
+        "weights": {"text": 1.0, "image": 1.0, "tasks": ""},
+        "z": {"text": 0.0, "image": 0.0},
+    },
+    "train.residual_dropout": 0.0,
     "optim.schedule": "run",
     "run.stages": [],
 }
@@ -342,6 +356,10 @@ def check(run: Run) -> None:
     _check_sizes(run)
     check_condition_dropout(run.data.condition_dropout)
     check_loss_weights(run.loss.weights)
+    rate = run.train.residual_dropout
+    _rule(0 <= rate < 1, "train.residual_dropout", rate, "in [0, 1)")
+    for name, value in dataclasses.asdict(run.loss.z).items():
+        _rule(0 <= value < math.inf, f"loss.z.{name}", value, "at least 0, and finite")
     _check_stages(run)
 
 
