@@ -285,8 +285,8 @@ def log_run_summary(
     environment_summary(run, job.mesh, job.train_data, job.eval_data, log=log, tables=tables)
     trainable, frozen = (chameleon.count_parameters(t) for t in (state.trainable, job.frozen))
     log(f"training {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
-    for line in stages.describe(run, state.trainable):
-        log(line)
+    for stage in stages.facts(run, state.trainable):
+        log(stages.describe(stage))
     if tables:
         tree = safetensors_file.flatten_named(state.trainable)
         tree |= safetensors_file.flatten_named(job.frozen)

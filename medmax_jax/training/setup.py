@@ -206,7 +206,8 @@ def dry_run(
         state = with_shardings(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
         counts = [chameleon.count_parameters(t) for t in (state.trainable, frozen)]
         print(f"training {run.train.trains}: {counts[0]:,} of {sum(counts):,} parameters")
-        print(*stages.describe(run, state.trainable), sep="\n", end="\n" if run.stages else "")
+        for stage in stages.facts(run, trainable):
+            print(stages.describe(stage))
         batch = shard_batch(train_data.batch(0), mesh)
         key = jax.device_put(
             jax.random.key(run.train.seed, impl=run.train.prng_impl), NamedSharding(mesh, P())

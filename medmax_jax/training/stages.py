@@ -11,6 +11,7 @@ A run without stages is treated as one, which is not reported.
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -92,16 +93,31 @@ def _names(only: str) -> set[str]:
 # ---- descriptions ----
 
 
-def describe(run: Run, trainable: PyTree) -> list[str]:
-    """Return a line for each stage: its steps, its settings, and the parameters that it trains."""
+def facts(run: Run, trainable: PyTree) -> list[dict[str, Any]]:
+    """Return, for each stage, its steps and tokens, its settings, and what it trains."""
     total, starts = count_trained(trainable, ""), [0, *ends(run)]
     return [
-        f"stage {number}: steps {start + 1:,} to {start + stage.steps:,}, "
-        f"{settings(stage.mixing, stage.condition_dropout, stage.loss_weights)}; trains "
-        f"{stage.trains or run.train.trains}: {count_trained(trainable, stage.trains):,} of "
-        f"{total:,} parameters"
+        {
+            "stage": number,
+            "first_step": start + 1,
+            "last_step": start + stage.steps,
+            "tokens": stage.steps * run.data.batch_size * run.data.seq_len,  # with padding
+            "settings": settings(stage.mixing, stage.condition_dropout, stage.loss_weights),
+            "trains": stage.trains or run.train.trains,
+            "trained": count_trained(trainable, stage.trains),
+            "trainable": total,
+        }
         for number, (stage, start) in enumerate(zip(run.stages, starts, strict=False))
     ]
+
+
+def describe(stage: dict[str, Any]) -> str:
+    """Format the facts of a stage as a line."""
+    return (
+        f"stage {stage['stage']}: steps {stage['first_step']:,} to {stage['last_step']:,}, "
+        f"{stage['tokens']:,} tokens with padding; {stage['settings']}; trains {stage['trains']}: "
+        f"{stage['trained']:,} of {stage['trainable']:,} parameters"
+    )
 
 
 def settings(mixing: Mixing, dropout: ConditionDropout, weights: LossWeights) -> str:
@@ -115,6 +131,20 @@ def settings(mixing: Mixing, dropout: ConditionDropout, weights: LossWeights) ->
             values = dataclasses.asdict(section).items()
             parts.append(f"{name} " + " ".join(f"{n} {v}" for n, v in values if v != ""))
     return ", ".join(parts)
+
+
+def with_steps(run: Run, steps: int) -> Run:
+    """Return the run with another number of steps; its stages keep their shares of them.
+
+    Each stage has at least one step, so a run of fewer steps than stages gets one for each.
+    """
+    lengths = scaled([stage.steps for stage in run.stages], steps)
+    scaled_stages = tuple(
+        dataclasses.replace(stage, steps=length)
+        for stage, length in zip(run.stages, lengths, strict=True)
+    )
+    train = dataclasses.replace(run.train, steps=sum(lengths) or steps)
+    return dataclasses.replace(run, train=train, stages=scaled_stages)
 
 
 def scaled(lengths: Sequence[int], total: int) -> list[int]:
