@@ -13,6 +13,7 @@ import importlib.util
 import json
 import platform
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -295,7 +296,8 @@ def log_run_summary(
         log(f"changed since the last checkpoint: {change}")
     log(f"settings, versions, fingerprints of base and records: {job.work.url('config.json')}")
     log(f"curves: {tensorboard_command(job.work.path)}")
-    log(loss_legend(run.train.loss_weight, run.loss.weights))
+    weights = [stage.loss_weights for stage in run.stages] or [run.loss.weights]
+    log(loss_legend(run.train.loss_weight, weights))
     log(
         f"resuming after step {start} of {run.train.steps}; the tables are in the log of the first "
         "start"
@@ -310,12 +312,17 @@ def tensorboard_command(folder: str) -> str:
     return f"{install}tensorboard --logdir {shlex.quote(folder)}"
 
 
-def loss_legend(loss_weight: str, weights: config.LossWeights) -> str:
-    """Return what `loss`, `text` and `image` of the log are: their unit, and how they differ."""
+def loss_legend(loss_weight: str, weights: Sequence[config.LossWeights]) -> str:
+    """Return what `loss`, `text` and `image` of the log are: their unit, and how they differ.
+
+    `weights`: of each stage, or of a run without stages.
+    """
     parts = "text, image: mean over all scored text tokens, and over all scored image tokens"
-    if weights != config.LossWeights.off():
-        factors = f"text {weights.text:g}, image {weights.image:g}"
-        factors += f", {weights.tasks}" if weights.tasks else ""
+    if any(w != config.LossWeights.off() for w in weights):
+        factors = ", then ".join(
+            f"text {w.text:g}, image {w.image:g}" + (f", {w.tasks}" if w.tasks else "")
+            for w in weights
+        )
         parts += (
             f". In the loss of training each is multiplied by config.loss.weights ({factors}), and "
             "those of weight 0 are in none of the three; validation_loss is unweighted"
