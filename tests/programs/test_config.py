@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from medmax_jax import config
-from medmax_jax.configs import base, medmax_7b_lora, tiny
+from medmax_jax.configs import base, medmax_7b_lora, medmax_7b_unimedvl_stages, tiny
+from medmax_jax.data import mixture
+from medmax_jax.data.packing import mixing
 
 LAUNCHES = {  # sections of docs/guides/launch.md: devices, and whether they are GPUs
     "One GPU box": (8, True),
@@ -25,7 +27,7 @@ LAUNCHES = {  # sections of docs/guides/launch.md: devices, and whether they are
     "name",
     ["base", "tiny", "tiny_base", "tiny_instruct", "chameleon_30b", "medmax_7b_paper",
      "medmax_7b_lora", "medmax_7b_images", "medmax_7b_qlora", "medmax_7b_full",
-     "chameleon_30b_lora"],
+     "medmax_7b_unimedvl_stages", "chameleon_30b_lora"],
 )  # fmt: skip
 def test_every_config_file_builds_and_survives_a_round_trip(name):
     run = config.from_config_dict(importlib.import_module(f"configs.{name}").get_config())
@@ -36,6 +38,22 @@ def test_every_config_file_builds_and_survives_a_round_trip(name):
 def test_codes_per_image_follow_from_the_vqgan():
     assert config.from_config_dict(base.get_config()).vq.codes_per_image == 1_024
     assert config.from_config_dict(tiny.get_config()).vq.codes_per_image == 64
+
+
+def test_stages_of_unimedvl_have_its_proportions_of_the_tasks_of_medmax():
+    run = config.from_config_dict(medmax_7b_unimedvl_stages.get_config())
+    understanding = medmax_7b_unimedvl_stages.UNDERSTANDING
+    assert understanding == {task: mixture.TASKS[task] for task in understanding}
+    shares = [(75, 25, 0), (40, 45, 10), (37, 35, 25)]
+    for stage, steps, expected in zip(run.stages, (85, 120, 70), shares, strict=True):
+        assert stage.steps == pytest.approx(run.train.steps * steps / 275, abs=1)
+        weights = dict(zip(mixture.TASKS, mixing.parse(stage.mixing.weights, [*mixture.TASKS])))
+        found = (
+            sum(weights[task] for task in understanding),
+            weights[mixture.GENERATION],
+            weights[mixture.INTERLEAVED],
+        )
+        assert found == pytest.approx(expected, abs=0.01)
 
 
 def test_positions_are_exact_in_fp32():
@@ -81,6 +99,8 @@ def test_positions_are_exact_in_fp32():
         ("data.document_limit", 0, "config.data.document_limit is 0; it must be in 1..2048"),
         ("mixing.by", "image", "config.mixing.by is 'image'; it must be one of source, task"),
         ("mixing.unit", "rows", "one of documents, tokens"),
+        ("optim.schedule", "cosine", "config.optim.schedule is 'cosine'; .* one of run, stage"),
+        ("stages", 3, "config.stages must be a list of at most 64 sections"),
         ("mixing.weights", 2, "config.mixing.weights is 2 .int.; it must be str"),
         ("data.batch_size", 3, None),
         ("mesh.fsdp", 3, "config.data.batch_size is 8; it must be a multiple"),
