@@ -11,6 +11,7 @@ from medmax_jax.configs import sampling
 
 def get_config() -> ConfigDict:
     config = _model_config()
+    _add_optim(config)
     config.data = ConfigDict(
         dict(
             train="records/train",
@@ -36,22 +37,6 @@ def get_config() -> ConfigDict:
             fraction_seed=0,
         )
     )
-    config.optim = ConfigDict(
-        dict(  # peak and warm-up: the paper; the rest: HF Trainer defaults, which it did not change
-            peak_lr=1e-4,
-            warmup_ratio=0.1,
-            final_lr_ratio=0.0,
-            b1=0.9,
-            b2=0.999,
-            eps=1e-8,
-            weight_decay=0.0,
-            clip_norm=1.0,
-            skip_window=0,  # off, as released; MaxText's are 128 and 6
-            skip_factor=6.0,
-            accumulate=1,
-            schedule="run",
-        )
-    )
     config.train = ConfigDict(
         dict(
             trains="lora",
@@ -72,6 +57,26 @@ def get_config() -> ConfigDict:
     config.sample = ConfigDict(sampling.SETS["medmax_eval"])
     config.stages = ()  # none, as in the paper
     return config.lock()
+
+
+def _add_optim(config: ConfigDict) -> None:
+    """Add the section of the optimizer."""
+    config.optim = ConfigDict(
+        dict(  # peak and warm-up: the paper; the rest: HF Trainer defaults, which it did not change
+            peak_lr=1e-4,
+            warmup_ratio=0.1,
+            final_lr_ratio=0.0,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            clip_norm=1.0,
+            skip_window=0,  # off, as released; MaxText's are 128 and 6
+            skip_factor=6.0,
+            accumulate=1,
+            schedule="run",
+        )
+    )
 
 
 def _model_config() -> ConfigDict:

@@ -136,7 +136,8 @@ def run(
         abstract_model = setup.as_config_error(
             lambda: chameleon.abstract_model(run.model, run.vocab, run.lora)
         )
-        stages.check_trains(run, step.split_trainable(abstract_model, run.train.trains)[1])
+        graph, abstract_trainable, _ = step.split_trainable(abstract_model, run.train.trains)
+        stages.check_trains(run, abstract_trainable)
 
         # ---- data
         train_data, eval_data = load_data(run)
@@ -152,8 +153,6 @@ def run(
         # ---- model
         key_init, key = jax.random.split(jax.random.key(run.train.seed, impl=run.train.prng_impl))
         key = jax.device_put(key, NamedSharding(mesh, P()))  # the loop makes no implicit transfer
-
-        # ---- restore
         store = CheckpointManager(work, keep=run.train.keep, log=writer.log)
         stack.callback(store.close)
         with clock.measure("load"), report_waiting("loading the weights", writer.log):
@@ -168,8 +167,7 @@ def run(
         context = TrainContext(
             run=run, work=work, mesh=mesh, writer=writer, clock=clock, stop=stop,
             checkpoints=store, train_data=train_data, eval_data=eval_data,
-            graph=step.split_trainable(abstract_model, run.train.trains)[0],
-            frozen=frozen, key=key, meta=meta,
+            graph=graph, frozen=frozen, key=key, meta=meta,
         )  # fmt: skip
         reporting.log_run_summary(context, state, start, changes)
 

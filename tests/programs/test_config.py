@@ -47,7 +47,8 @@ def test_stages_of_unimedvl_have_its_proportions_of_the_tasks_of_medmax():
     shares = [(75, 25, 0), (40, 45, 10), (37, 35, 25)]
     for stage, steps, expected in zip(run.stages, (85, 120, 70), shares, strict=True):
         assert stage.steps == pytest.approx(run.train.steps * steps / 275, abs=1)
-        weights = dict(zip(mixture.TASKS, mixing.parse(stage.mixing.weights, [*mixture.TASKS])))
+        parsed = mixing.parse(stage.mixing.weights, [*mixture.TASKS])
+        weights = dict(zip(mixture.TASKS, parsed, strict=True))
         found = (
             sum(weights[task] for task in understanding),
             weights[mixture.GENERATION],
