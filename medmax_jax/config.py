@@ -467,7 +467,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _value(kind.__args__[0], value, where)
     if kind == tuple[Stage, ...]:
         if not isinstance(value, (list, tuple)) or len(value) > MAX_STAGES:
-            raise ConfigError(f"{where} must be a list of at most {MAX_STAGES} sections")
+            requirement = f"a list of at most {MAX_STAGES} sections"
+            raise ConfigError(f"{where} is {quoted(value)}; it must be {requirement}")
         return tuple(_value(Stage, stage, f"{where}[{n}]") for n, stage in enumerate(value))
     if kind == tuple[str, ...]:  # a list, or its names separated by commas
         names = [v for v in value.split(",") if v] if isinstance(value, str) else value

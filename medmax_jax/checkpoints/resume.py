@@ -1,8 +1,8 @@
 """Decide whether a run may resume from a checkpoint: settings that affect results must be equal.
 
 free     FREE below: speed, devices, amount of logging; a change is logged, not refused
-extend   train.steps may grow, only with --extend: the schedule is a function of it; also the steps
-         of the last stage, and stages after it
+extend   train.steps may grow, and with it the steps of the last stage, only with --extend: the
+         schedule is a function of them
 bound    every other field of the config, and the fingerprints of BOUND: refused, both shown
 """
 
@@ -31,7 +31,7 @@ FREE = {
 BOUND = {
     "base": "config.train.init_from",
     "data": "config.data.train",
-    "plan": "config.data and config.mixing",
+    "plan": "config.data, config.mixing and config.stages",
 }
 
 
@@ -39,11 +39,12 @@ def check_meta(saved: dict, current: dict, *, extend: bool) -> list[str]:
     """Return descriptions of the harmless differences; raise CheckpointError with all others."""
     harmless, refused = [], []
     configs = [with_added_fields(meta["config"]) for meta in (saved, current)]
+    extensible = ("train.steps", f"stages.{len(configs[0]['stages']) - 1}.steps")
     for field, (old, new) in sorted(differences(*configs).items()):
         text = f"config.{field} was {old!r}, is now {new!r}"
         if is_free(field):
             harmless.append(text)
-        elif _is_longer(field, old, new, len(configs[0]["stages"])):
+        elif field in extensible and new is not None and new > old:
             if extend:
                 harmless.append(f"{text} by --extend: the learning rate follows the longer cosine")
             else:
@@ -76,13 +77,6 @@ def with_added_fields(settings: dict[str, Any]) -> dict[str, Any]:
         else:
             filled[section] = {field: value} | filled.get(section, {})
     return filled
-
-
-def _is_longer(field: str, old: Any, new: Any, stages: int) -> bool:
-    """Return whether a difference only adds steps at the end; `stages`: of the checkpoint."""
-    if field in ("train.steps", f"stages.{stages - 1}.steps"):
-        return new is not None and new > old
-    return bool(stages) and field.startswith("stages.") and old is None and field.count(".") == 1
 
 
 def is_free(name: str) -> bool:

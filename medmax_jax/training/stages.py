@@ -57,13 +57,13 @@ def trains(run: Run, number: int) -> str:
 
 def check_trains(run: Run, trainable: PyTree) -> None:
     """Raise ConfigError where a stage names no parameter of `trainable`, abstract or not."""
-    parts = [set(name.split(".")) for name in flatten_named(trainable)]
+    parts = {part for name in flatten_named(trainable) for part in name.split(".")}
     for number, stage in enumerate(run.stages):
-        if unknown := _names(stage.trains) - set().union(*parts):
+        if unknown := _names(stage.trains) - parts:
             raise ConfigError(
-                f"config.stages[{number}].trains is {stage.trains!r}: no parameter that "
-                f"train.trains = {run.train.trains} selects has {min(unknown)!r} in its name; use "
-                f"names from {', '.join(sorted(set().union(*parts)))}, or leave it empty for all"
+                f"config.stages[{number}].trains is {stage.trains!r}: {min(unknown)!r} is no name "
+                f"of a parameter that train.trains = {run.train.trains} selects, nor a part of "
+                f"one; use parts from {', '.join(sorted(parts))}, or leave it empty for all"
             )
 
 
@@ -87,7 +87,7 @@ def _is_trained(name: str, only: str) -> bool:
 
 
 def _names(only: str) -> set[str]:
-    return {name.strip() for name in only.split(",")} - {""}
+    return {name.strip() for name in only.split(",")} if only else set()
 
 
 # ---- descriptions ----

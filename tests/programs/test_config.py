@@ -101,7 +101,7 @@ def test_positions_are_exact_in_fp32():
         ("mixing.by", "image", "config.mixing.by is 'image'; it must be one of source, task"),
         ("mixing.unit", "rows", "one of documents, tokens"),
         ("optim.schedule", "cosine", "config.optim.schedule is 'cosine'; .* one of run, stage"),
-        ("stages", 3, "config.stages must be a list of at most 64 sections"),
+        ("stages", 3, "config.stages is 3; it must be a list of at most 64 sections"),
         ("mixing.weights", 2, "config.mixing.weights is 2 .int.; it must be str"),
         ("data.batch_size", 3, None),
         ("mesh.fsdp", 3, "config.data.batch_size is 8; it must be a multiple"),

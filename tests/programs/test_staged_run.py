@@ -106,18 +106,20 @@ def test_other_stages_are_refused_and_longer_ones_need_extend(data, whole):
         check_meta({"config": saved}, {"config": saved | {"stages": []}}, extend=True)
     with pytest.raises(CheckpointError, match=r"config\.stages was \[\]"):
         check_meta({"config": saved | {"stages": []}}, {"config": saved}, extend=True)
-    longer = (*STAGES[:2], dict(STAGES[2], steps=3), dict(steps=1))
+    longer = (*STAGES[:2], dict(STAGES[2], steps=3))
     with pytest.raises(CheckpointError, match=r"stages\.2\.steps was 2, is now 3 \(use --extend"):
         check(*longer)
-    assert len(check(*longer, extend=True)) == 3  # train.steps, stage 2 and stage 3
+    assert len(check(*longer, extend=True)) == 2  # of train.steps and of stage 2
+    with pytest.raises(CheckpointError, match=r"config\.stages\.3 was None"):
+        check(*STAGES, dict(steps=1), extend=True)
     assert check(*STAGES) == []
 
 
 def test_unknown_parameter_is_refused_before_anything_is_loaded(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_data", lambda _: pytest.fail("the records were opened"))
     message = (
-        r"config\.stages\[1\]\.trains is 'self_attention': no parameter that train\.trains = lora "
-        "selects has 'self_attention' in its name; use names from down_proj, gate_proj"
+        r"config\.stages\[1\]\.trains is 'self_attention': 'self_attention' is no name of a "
+        "parameter that train.trains = lora selects, nor a part of one; use parts from down_proj"
     )
     with pytest.raises(config.ConfigError, match=message):
         train.run(staged(data, (dict(steps=2), dict(steps=1, trains="self_attention"))), tmp_path)

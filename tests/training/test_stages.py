@@ -74,6 +74,8 @@ def test_a_stage_trains_the_parameters_that_it_names():
         model = chameleon.abstract_model(run.model, run.vocab, run.lora)
         trainable = step.split_trainable(model, "lora")[1]
     stages.check_trains(run, trainable)
+    with pytest.raises(config.ConfigError, match=r"stages\[0\]\.trains is ' ,': '' is no name"):
+        stages.check_trains(staged(dict(steps=5, trains=" ,")), trainable)
     old = jax.tree.map(lambda x: jnp.zeros(x.shape), trainable)
     new = jax.tree.map(lambda x: jnp.ones(x.shape), trainable)
     kept = stages.keep_others(new, old, "self_attn, up_proj")
@@ -121,7 +123,7 @@ def test_lengths_are_scaled_to_another_number_of_steps():
          r"config\.stages\[0\]: config\.data\.condition_dropout\.text is 1\.5; it must be a prob"),
         ((dict(steps=5, mixing=dict(by="image")),),
          r"config\.stages\[0\]: config\.mixing\.by is 'image'; it must be one of source, task"),
-        (65 * (dict(steps=1),), r"config\.stages must be a list of at most 64 sections"),
+        (65 * (dict(steps=1),), r"config\.stages is .*; it must be a list of at most 64 sections"),
     ],
 )  # fmt: skip
 def test_wrong_stages_are_refused_by_name(run_stages, message):
