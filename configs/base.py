@@ -68,12 +68,11 @@ def get_config() -> ConfigDict:
             keep=2,
         )
     )
-    config.sample = ConfigDict(sampling.SETS["medmax_eval"])
     return config.lock()
 
 
 def _model_config() -> ConfigDict:
-    """Return the sections of the networks, the adapters, the loss and the devices."""
+    """Return the sections of the networks, the adapters, the loss, devices and sampling."""
     config = ConfigDict()
     config.vocab = ConfigDict(dict(size=65_536, image_codes=8_192, text_start=16_384))
     config.model = ConfigDict(
@@ -114,4 +113,5 @@ def _model_config() -> ConfigDict:
     )
     config.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))  # MedMax training/train.py
     config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))
+    config.sample = ConfigDict(sampling.SETS["medmax_eval"])
     return config

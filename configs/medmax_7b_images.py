@@ -7,10 +7,10 @@ MedMax and Anole were trained without any of this, and none of it has been measu
     condition dropout   5 % without the text, 5 % without the images, 5 % without both, as in
                         InstructPix2Pix (arXiv 2211.09800), whose form of guidance decoding uses. An
                         image from text alone is generated without its condition in 10 % of cases
-    z-loss              1e-5 for text and image codes, as Lumina-mGPT (its exps/7B.sh); Chameleon was
-                        pre-trained and fine-tuned with one
-    residual dropout    off: Chameleon's fine-tuning and Lumina-mGPT have 0.05, for all weights; here
-                        adapters train, which have their own (lora.dropout)
+    z-loss              1e-5 for text and image codes, as Lumina-mGPT (its exps/7B.sh); Chameleon
+                        was pre-trained and fine-tuned with one
+    residual dropout    off: Chameleon's fine-tuning and Lumina-mGPT have 0.05, for all weights;
+                        here adapters train, which have their own (lora.dropout)
 
 Where documents are dropped, fewer rows hold an epoch; the steps are those of medmax_7b_lora.py.
 """

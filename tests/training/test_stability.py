@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import jax
 import micro_run
@@ -15,6 +16,7 @@ from medmax_jax.data import loader
 from medmax_jax.models import chameleon
 from medmax_jax.training import loss, reporting
 
+LEAD = 5  # steps between the first warning and a loss of twice its start
 QUICK = {"xla_backend_optimization_level": 0}
 
 
@@ -110,3 +112,24 @@ def test_settings_of_older_runs_mean_neither():
     assert dataclasses.asdict(run.loss.z) == dict(text=0.0, image=0.0)
     old = dict(settings, data={k: v for k, v in settings["data"].items() if k != "seed"})
     assert config.with_added_fields(old)["loss"] == config.to_dict(run.loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("z", [0.0, 1e-2])
+def test_growth_is_reported_before_the_loss_explodes(tmp_path, capsys, z):
+    """All weights train, the rate rises to 1,000 times a good one, and nothing is clipped."""
+    folder = micro_run.write(tmp_path / "r", count=200)
+    run = micro_run.run(
+        data__train=folder, train__trains="full", lora__rank=0, train__steps=60,
+        train__log_every=1, train__checkpoint_every=60, optim__peak_lr=3.0,
+        optim__warmup_ratio=0.9, optim__clip_norm=1e9, loss__z=dict(text=z, image=z),
+    )  # fmt: skip
+    train.run(run, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [r for r in map(json.loads, lines) if r["kind"] == "train"]
+    losses, norms = ([r[name] for r in rows] for name in ("loss", "grad_norm"))
+    assert np.isfinite(losses).all() and np.isfinite(norms).all()
+    exploded = next(r["step"] for r in rows if r["loss"] > 2 * losses[0])
+    warned = re.search(r"WARNING: step (\d+): the mean (log Z|norm)", capsys.readouterr().out)
+    print(z, int(warned[1]), exploded, max(losses), max(r["text_log_z"] for r in rows))
+    assert int(warned[1]) + LEAD <= exploded
