@@ -16,7 +16,7 @@ from medmax_jax.data import loader
 from medmax_jax.models import chameleon
 from medmax_jax.training import loss, reporting
 
-LEAD = 5  # steps between the first warning and a loss of twice its start
+LEAD = 20  # steps between the first warning and a loss of twice its start
 QUICK = {"xla_backend_optimization_level": 0}
 
 
@@ -131,5 +131,4 @@ def test_growth_is_reported_before_the_loss_explodes(tmp_path, capsys, z):
     assert np.isfinite(losses).all() and np.isfinite(norms).all()
     exploded = next(r["step"] for r in rows if r["loss"] > 2 * losses[0])
     warned = re.search(r"WARNING: step (\d+): the mean (log Z|norm)", capsys.readouterr().out)
-    print(z, int(warned[1]), exploded, max(losses), max(r["text_log_z"] for r in rows))
     assert int(warned[1]) + LEAD <= exploded
