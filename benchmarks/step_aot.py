@@ -9,7 +9,7 @@ Widths are those of 7B, the depth is small so that it compiles in seconds. Print
                   (kernels written in Pallas and exposed communication have no cycles in it)
     layer_cycles  of the loops over layers only, forward and backward
     other_ms      the rest: embedding, head, loss, optimizer
-    gflops, gbytes  XLA's cost analysis of the program, per device; it counts the body of a loop once
+    gflops, gbytes  XLA's cost analysis, per device; it counts the body of a loop once
 
 --reports=loss compiles the step without what a log line reports in addition to the loss (log Z,
 largest logits, norms): the difference is their cost.
@@ -65,7 +65,8 @@ def main() -> None:
     report = dict(
         topology=args.topology, mesh=args.mesh, layers=args.layers, rows=args.rows,
         set=args.set, reports=args.reports, gflops=round(cost["flops"] / 1e9, 3),
-        gbytes=round(cost["bytes accessed"] / 1e9, 3), temp_gib=round(memory.temp_size_in_bytes / 2**30, 3),
+        gbytes=round(cost["bytes accessed"] / 1e9, 3),
+        temp_gib=round(memory.temp_size_in_bytes / 2**30, 3),
         est_ms=round(total / CLOCK * 1e3, 2), layer_cycles=loops,
         other_ms=round((total - layers * args.layers) / CLOCK * 1e3, 2),
         compile_s=round(time.monotonic() - begin, 1), jax=jax.__version__,

@@ -11,7 +11,6 @@ from medmax_jax.configs import sampling
 
 def get_config() -> ConfigDict:
     config = _model_config()
-    _add_optim(config)
     config.data = ConfigDict(
         dict(
             train="records/train",
@@ -37,6 +36,7 @@ def get_config() -> ConfigDict:
             fraction_seed=0,
         )
     )
+    _add_optim(config)
     config.train = ConfigDict(
         dict(
             trains="lora",
@@ -54,7 +54,6 @@ def get_config() -> ConfigDict:
             keep=2,
         )
     )
-    config.sample = ConfigDict(sampling.SETS["medmax_eval"])
     config.stages = ()  # none, as in the paper
     return config.lock()
 
@@ -80,7 +79,7 @@ def _add_optim(config: ConfigDict) -> None:
 
 
 def _model_config() -> ConfigDict:
-    """Return the sections of the networks, the adapters, the loss and the devices."""
+    """Return the sections of the networks, the adapters, the loss, devices and sampling."""
     config = ConfigDict()
     config.vocab = ConfigDict(dict(size=65_536, image_codes=8_192, text_start=16_384))
     config.model = ConfigDict(
@@ -121,4 +120,5 @@ def _model_config() -> ConfigDict:
     )
     config.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))  # MedMax training/train.py
     config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))
+    config.sample = ConfigDict(sampling.SETS["medmax_eval"])
     return config

@@ -78,7 +78,7 @@ class BatchLoader:
             complete = dataclasses.replace(run.data, condition_dropout=ConditionDropout.off())
             unweighted = dataclasses.replace(run.loss, weights=LossWeights.off())
             run = self._run = dataclasses.replace(run, data=complete, loss=unweighted)
-        self._task_weight = self._checked_task_weights()
+        self._set_task_weights()
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
         if run.data.plan not in ("", self.plan) and not one_pass:
@@ -214,8 +214,8 @@ class BatchLoader:
             sums = sums / np.maximum(scored, 1)
         return self._task_weight[self.records.index["task"][documents]] * sums
 
-    def _checked_task_weights(self) -> Float[np.ndarray, "TASKS"]:
-        """Return the factor of each task; raise RecordsError if the weights train no document."""
+    def _set_task_weights(self) -> None:
+        """Set the factor of each task; raise RecordsError if the weights train no document."""
         weights, names = self._run.loss.weights, self.records.names("task")
         named, folder = task_weights(weights), self.records.folder
         if unknown := [name for name in named if name not in names]:
@@ -231,7 +231,6 @@ class BatchLoader:
                 f"config.loss.weights is {weights}: every scored token of {folder} has weight 0, "
                 "so nothing would train; increase a weight"
             )
-        return self._task_weight
 
     def _in_range(self, step: int) -> int:
         if not 0 <= step < len(self):

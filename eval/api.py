@@ -16,12 +16,14 @@ from medmax_jax.configs import eval_tiny
 from medmax_jax.eval.config import EvalError, Settings, pinned
 from medmax_jax.eval.models import base, loading
 from medmax_jax.eval.pipeline import judging, stages
-from medmax_jax.eval.tasks import items, selection
+from medmax_jax.eval.records import Item
+from medmax_jax.eval.results import Summary
+from medmax_jax.eval.tasks import selection
 
 
 def evaluate(
     model: base.Model | str,
-    tasks: Sequence[items.Item] | str | Path,
+    tasks: Sequence[Item] | str | Path,
     workdir: str | Path,
     mode: str = "strict",
     *,
@@ -58,14 +60,14 @@ def evaluate(
             settings, workdir, model=model, adapter=str(adapter), progress=progress
         )
         assert summary is not None  # as without a shard or a dry run
-        return summary
+        return summary.to_json()
     if isinstance(tasks, str | Path):
         eval_set = selection.load_eval_set(settings)
     else:
         eval_set = selection.EvalSet(
             items=list(tasks), train=[], training_images=[], folder=Path(images)
         )
-    return _evaluate_object(model, settings, eval_set, workdir, progress)
+    return _evaluate_object(model, settings, eval_set, workdir, progress).to_json()
 
 
 def _evaluate_object(
@@ -74,7 +76,7 @@ def _evaluate_object(
     eval_set: selection.EvalSet,
     workdir: str | Path,
     progress: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Summary:
     model_class = type(model)
     name = getattr(model, "name", f"{model_class.__module__}.{model_class.__qualname__}")
     spec = loading.ModelSpec(
@@ -87,7 +89,7 @@ def _evaluate_object(
     )
     with stages.open_workdir(workdir, eval_set) as work:
         judging.check_judge(settings.judge, eval_set.items, work.folder)
-        return stages.run_named(
+        summary = stages.run_named(
             settings,
             work,
             eval_set=eval_set,
@@ -95,3 +97,5 @@ def _evaluate_object(
             load=lambda: loading.LoadedModel(model=model, spec=spec, eval_set=eval_set),
             progress=progress,
         )
+    assert summary is not None  # as without a shard or a dry run
+    return summary

@@ -14,9 +14,9 @@ from medmax_jax import arguments
 from medmax_jax.environment import environment
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.reporting.comparison import compare, render
+from medmax_jax.eval.results import SUMMARY, read_summary
 from medmax_jax.io import journal
 from medmax_jax.io.errors import printable_text
-from medmax_jax.io.text_files import read_json_object
 from medmax_jax.storage import workdir
 from medmax_jax.storage.folder import StorageError
 
@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _facts(folder: Path) -> dict[str, Any]:
     """Return the facts of a finished evaluation, as its own page shows them."""
-    path = folder / "summary.json"
-    return page.provenance(read_json_object(path)) if path.exists() else {}
+    return page.provenance(read_summary(folder)) if (folder / SUMMARY).exists() else {}
 
 
 if __name__ == "__main__":

@@ -13,10 +13,6 @@ class EvalError(ValueError):
     """
 
 
-# The fields of every record from which a score, a page or a comparison is computed.
-RECORD = ("id", "task", "family", "prompt", "answer", "image", "group", "text")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
     """Sets the number of items of each family; -1: all, 0: none."""

@@ -4,26 +4,25 @@ Rewrites D/report.html from the summary.json and records.jsonl that eval.run lef
 """
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from medmax_jax import arguments
-from medmax_jax.eval.config import RECORD, EvalError
+from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import per_record
+from medmax_jax.eval.records import read_records
 from medmax_jax.eval.reporting import page
-from medmax_jax.io import journal
+from medmax_jax.eval.results import Summary, read_summary
 from medmax_jax.io.errors import printable_text
-from medmax_jax.io.text_files import TextFileError, read_json_object
+from medmax_jax.io.text_files import TextFileError
 from medmax_jax.storage import hub, workdir
 from medmax_jax.storage.folder import StorageError
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample"
 
 
-def images_folder(summary: Mapping[str, Any]) -> Path:
+def images_folder(summary: Summary) -> Path:
     """Return the folder of a run's images, from its settings."""
-    settings = summary.get("settings", {})
+    settings = summary.settings
     if settings.get("images"):
         return Path(hub.locate(settings["images"]))
     items = settings.get("questions", "sample")
@@ -36,12 +35,12 @@ def rewrite_report(evaluated: str | Path, images: str) -> Path:
     evaluated = Path(evaluated)
     per_record.check_names(evaluated.glob("*.json*"))
     try:
-        summary = read_json_object(evaluated / "summary.json")
+        summary = read_summary(evaluated)
     except TextFileError as error:
         raise EvalError(
             f"{evaluated}: no finished evaluation ({error}); run eval.run to the end"
         ) from error
-    records = journal.read_jsonl(evaluated / "records.jsonl", RECORD)
+    records = read_records(evaluated / "records.jsonl")
     folder = Path(images) if images else images_folder(summary)
     page.write(evaluated / "report.html", summary, records, images_folder=folder)
     return evaluated / "report.html"

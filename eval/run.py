@@ -71,12 +71,10 @@ def main(config: ConfigDict, workdir: str) -> None:
         )
     if summary is None:
         return
-    lines = [
-        page.markdown([{name: row.get(name) for name in COLUMNS} for row in summary["scores"]])
-    ]
-    lines += [f"baseline {entry['name']}: {entry['says']}" for entry in summary["floors"]]
+    lines = [page.markdown([{name: vars(row)[name] for name in COLUMNS} for row in summary.scores])]
+    lines += [f"baseline {floor.name}: {floor.says}" for floor in summary.floors]
     lines.append("")
-    for baseline in summary["baselines"]:
+    for baseline in summary.baselines:
         lines.append(f"{baseline['name']} (before) and the model (after):\n")
         lines.append(page.markdown(baseline["scores"]))
     lines.append(f"report: {workdir.rstrip('/')}/report.html")

@@ -39,6 +39,7 @@ from medmax_jax.eval.encoders import modality
 from medmax_jax.eval.metrics import aggregate
 from medmax_jax.eval.models import base, baselines
 from medmax_jax.eval.pipeline import inference
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.eval.reporting import definitions, tables
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
@@ -174,7 +175,7 @@ def _evaluate(
     workdir: Path,
     tiny: Path,
     eval_set: selection.EvalSet,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[EvalRecord]]:
     """Return the answers before and after LoRA, and after LoRA with swapped images."""
     closed_items = [item for item in eval_set.items if item.family == "vqa_closed"]
     swapped = probes.swapped(closed_items, seed=settings.eval.seed)
@@ -220,11 +221,11 @@ def _report(
     settings: Quickstart,
     stages: QuickstartRun,
     eval_set: selection.EvalSet,
-    answers: dict[str, list[dict]],
+    answers: dict[str, list[EvalRecord]],
 ) -> dict[str, Any]:
     resampling = intervals.Resampling(settings.eval.seed, settings.eval.resamples)
     scores = aggregate.scores(answers["before"], answers["after"], resampling=resampling)
-    closed_records = [r for r in answers["after"] if r["task"] == aggregate.PRIMARY[0]]
+    closed_records = [r for r in answers["after"] if r.task == aggregate.PRIMARY[0]]
     baseline_answers = {
         "before": answers["before"],
         "blind": aggregate.with_answers(
@@ -308,43 +309,41 @@ def _cases(
     settings: Quickstart,
     tiny: Path,
     eval_set: selection.EvalSet,
-    answers: dict[str, list[dict]],
+    answers: dict[str, list[EvalRecord]],
     workdir: Path,
 ) -> tuple[list[Case], list[Generated]]:
     """Select held-out images of different groups, alternating tasks, and the generated images."""
-    before = {record["id"]: record for record in answers["before"]}
-    records = [r for r in answers["after"] if task_items.FAMILIES[r["family"]].shows_image]
-    tasks = list(dict.fromkeys(r["task"] for r in records))
-    groups = list(dict.fromkeys(r["group"] for r in records))
+    before = {record.id: record for record in answers["before"]}
+    records = [r for r in answers["after"] if task_items.FAMILIES[r.family].shows_image]
+    tasks = list(dict.fromkeys(r.task for r in records))
+    groups = list(dict.fromkeys(r.group for r in records))
     chosen = []
     for turn, group in enumerate(groups[: settings.cases]):
-        group_records = [r for r in records if r["group"] == group]
+        group_records = [r for r in records if r.group == group]
         task = tasks[turn % len(tasks)]
-        chosen.append(next((r for r in group_records if r["task"] == task), group_records[0]))
+        chosen.append(next((r for r in group_records if r.task == task), group_records[0]))
     g = model_bundle.load(tiny)
-    codes = model_bundle.encode(g, [eval_set.folder / r["image"] for r in chosen])
+    codes = model_bundle.encode(g, [eval_set.folder / r.image for r in chosen])
     reconstructions = model_bundle.decode(g, codes)
     cases = [
         Case(
-            name=f"{r['group']}: {r['modality']}",
-            image=images.load(eval_set.folder / r["image"], max_pixels=images.MAX_PIXELS),
+            name=f"{r.group}: {r.modality}",
+            image=images.load(eval_set.folder / r.image, max_pixels=images.MAX_PIXELS),
             reconstruction=reconstruction,
-            question=r["prompt"],
-            answer=r["answer"],
-            before=before[r["id"]]["text"],
-            after=r["text"],
+            question=r.prompt,
+            answer=r.answer,
+            before=before[r.id].text,
+            after=r.text,
         )
         for r, reconstruction in zip(chosen, reconstructions, strict=True)
     ]
-    generated_records = [r for r in answers["after"] if r["family"] == "image_generation"]
+    generated_records = [r for r in answers["after"] if r.family == "image_generation"]
     generated = [
         Generated(
-            prompt=r["prompt"],
-            real=images.load(eval_set.folder / r["image"], max_pixels=images.MAX_PIXELS),
-            before=images.load(
-                workdir / before[r["id"]]["images"][0], max_pixels=images.MAX_PIXELS
-            ),
-            after=images.load(workdir / r["images"][0], max_pixels=images.MAX_PIXELS),
+            prompt=r.prompt,
+            real=images.load(eval_set.folder / r.image, max_pixels=images.MAX_PIXELS),
+            before=images.load(workdir / before[r.id].generated[0], max_pixels=images.MAX_PIXELS),
+            after=images.load(workdir / r.generated[0], max_pixels=images.MAX_PIXELS),
         )
         for r in generated_records
     ]

@@ -4,26 +4,26 @@
                        -> 95 % intervals over groups, and the difference they could detect
     the same records   -> the scoring of the release (release.py), next to them
 
-A row is {task, family, metric, mode, n, groups, few_groups, value, ci_low, ci_high, best,
-n_unparsed, n_unscored, n_errors, scored_only, judge_sd, mde, paper, paper_n, headline}. `value`
-counts what could not be parsed or judged as wrong, `best` as right; `scored_only` is the value if
-it were dropped. `mde`: minimum detectable effect. One group has no interval and no mde (None).
+A row is a MetricRow of eval/results.py.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medmax_jax.eval.metrics import per_record, release, strict
-from medmax_jax.eval.metrics.per_record import NO_INPUTS, Record, ScoringInputs
+from medmax_jax.eval.metrics.per_record import NO_INPUTS, ScoringInputs
+from medmax_jax.eval.metrics.strict import ItemScore
+from medmax_jax.eval.records import EvalRecord
+from medmax_jax.eval.results import MetricRow
 from medmax_jax.eval.stats import intervals
 
 PRIMARY = ("vqa_closed", "accuracy")
-NO_RELEASE_SCORE = {"paper": None, "paper_n": None, "paper_why": ""}
 PROBMED = "probmed_closed"
 KIND = "question_type"  # the slice with the question type of ProbMed
 
 
-def record_values(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str, float]:
+def record_values(record: EvalRecord, inputs: ScoringInputs = NO_INPUTS) -> dict[str, float]:
     """Return metric -> value of one record.
 
     {"family": "vqa_closed", "text": "Yes.", "answer": "yes"} ->
@@ -37,16 +37,16 @@ def record_values(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str
 
 
 def summary(
-    records: Sequence[Record],
+    records: Sequence[EvalRecord],
     inputs: ScoringInputs = NO_INPUTS,
     *,
     mode: str,
     resampling: intervals.Resampling,
-) -> list[dict[str, Any]]:
+) -> list[MetricRow]:
     """Return the rows of every task and metric. `mode`: of the generation of the records."""
     rows = []
     for task, task_records in tasks_of(records).items():
-        scores_by_metric: dict[str, list[tuple[Record, strict.ItemScore]]] = {}
+        scores_by_metric: dict[str, list[tuple[EvalRecord, ItemScore]]] = {}
         for record in task_records:
             for metric, verdict in per_record.record_scores(record, inputs).items():
                 scores_by_metric.setdefault(metric, []).append((record, verdict))
@@ -59,14 +59,12 @@ def summary(
             task_rows += paired_accuracy(task_records, inputs, resampling=resampling)
         release_by_metric = release.release_scores(task_records, inputs)
         for number, row in enumerate(task_rows):
-            metric, family = row.pop("metric"), task_records[0]["family"]
-            head = dict(task=task, family=family, metric=metric, mode=mode)
-            paper = release_by_metric.get(metric, NO_RELEASE_SCORE)
-            rows.append(head | row | paper | {"headline": number == 0})
+            paper = release_by_metric.get(row.metric, {})
+            rows.append(dataclasses.replace(row, mode=mode, headline=number == 0, **paper))
     return rows
 
 
-def not_judged(records: Sequence[Record], inputs: ScoringInputs = NO_INPUTS) -> list[str]:
+def not_judged(records: Sequence[EvalRecord], inputs: ScoringInputs = NO_INPUTS) -> list[str]:
     """Return the tasks that require a judge and have none: they have text metrics only."""
     judgment_kinds = {"vqa_open": per_record.CORRECT} | dict.fromkeys(
         per_record.PAIRWISE_FAMILIES, per_record.RELATIVE
@@ -74,11 +72,11 @@ def not_judged(records: Sequence[Record], inputs: ScoringInputs = NO_INPUTS) -> 
     return [
         task
         for task, task_records in tasks_of(records).items()
-        if (kind := judgment_kinds.get(task_records[0]["family"])) and kind not in inputs.judgments
+        if (kind := judgment_kinds.get(task_records[0].family)) and kind not in inputs.judgments
     ]
 
 
-def not_scored(records: Sequence[Record], inputs: ScoringInputs = NO_INPUTS) -> list[str]:
+def not_scored(records: Sequence[EvalRecord], inputs: ScoringInputs = NO_INPUTS) -> list[str]:
     """Return the tasks without any metric: those of images without a configured scorer."""
     return [
         task
@@ -87,57 +85,57 @@ def not_scored(records: Sequence[Record], inputs: ScoringInputs = NO_INPUTS) -> 
     ]
 
 
-def tasks_of(records: Sequence[Record]) -> dict[str, list[Record]]:
+def tasks_of(records: Sequence[EvalRecord]) -> dict[str, list[EvalRecord]]:
     """Return task -> its records, the primary task first."""
-    by_task: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda r: r["task"] != PRIMARY[0]):
-        by_task.setdefault(record["task"], []).append(record)
+    by_task: dict[str, list[EvalRecord]] = {}
+    for record in sorted(records, key=lambda r: r.task != PRIMARY[0]):
+        by_task.setdefault(record.task, []).append(record)
     return by_task
 
 
 def metric_row(
     metric: str,
     inputs: ScoringInputs,
-    scored_records: Sequence[tuple[Record, strict.ItemScore]],
+    scored_records: Sequence[tuple[EvalRecord, ItemScore]],
     *,
     resampling: intervals.Resampling,
-) -> dict[str, Any]:
-    """Return the summary row of one metric: mean, confidence interval and counts."""
-    item_scores, groups = [v for _, v in scored_records], [r["group"] for r, _ in scored_records]
+) -> MetricRow:
+    """Return the row of one metric: mean, confidence interval and counts."""
+    first = scored_records[0][0]
+    item_scores, groups = [v for _, v in scored_records], [r.group for r, _ in scored_records]
     total, worst = strict.total(item_scores), [v.lower for v in item_scores]
     span = per_record.span(metric)
     interval = intervals.mean_interval(worst, groups, resampling=resampling, span=span)
     votes = None
     if metric == "judge_correct":
-        lines = [inputs.judgments[per_record.CORRECT].get(r["id"]) for r, _ in scored_records]
+        lines = [inputs.judgments[per_record.CORRECT].get(r.id) for r, _ in scored_records]
         votes = [line["votes"] for line in lines if line and line["votes"]]
-    return (
-        dict(metric=metric)
-        | interval.row()
-        | dict(
-            best=total.best,
-            n_unparsed=total.n_unparsed,
-            n_unscored=total.n_unscored,
-            n_errors=sum(bool(r.get("error")) for r, _ in scored_records),
-            scored_only=total.scored_only,
-            judge_sd=intervals.judge_sd(votes, len(scored_records)) if votes else None,
-            mde=intervals.finite(
-                intervals.minimum_detectable_effect(worst, groups, paired=False, span=span)
-            ),
-        )
+    mde = intervals.minimum_detectable_effect(worst, groups, paired=False, span=span)
+    return MetricRow(
+        task=first.task,
+        family=first.family,
+        metric=metric,
+        **interval.row(),
+        best=total.best,
+        n_unparsed=total.n_unparsed,
+        n_unscored=total.n_unscored,
+        n_errors=sum(bool(r.error) for r, _ in scored_records),
+        scored_only=total.scored_only,
+        judge_sd=intervals.judge_sd(votes, len(scored_records)) if votes else None,
+        mde=intervals.finite(mde),
     )
 
 
 def relative_score_row(
-    records: Sequence[Record], inputs: ScoringInputs, *, resampling: intervals.Resampling
-) -> list[dict[str, Any]]:
+    records: Sequence[EvalRecord], inputs: ScoringInputs, *, resampling: intervals.Resampling
+) -> list[MetricRow]:
     """Return the judge's mean score of the model over its mean score of the reference.
 
     Returns [] without a judge.
     """
     if (
         per_record.RELATIVE not in inputs.judgments
-        or records[0]["family"] not in per_record.PAIRWISE_FAMILIES
+        or records[0].family not in per_record.PAIRWISE_FAMILIES
     ):
         return []
     means = [_mean(per_record.pairs(r, inputs, per_record.RELATIVE)) for r in records]
@@ -146,36 +144,36 @@ def relative_score_row(
     interval = intervals.ratio_interval(
         [b for _, b in worst],
         [a for a, _ in worst],
-        [r["group"] for r in records],
+        [r.group for r in records],
         resampling=resampling,
         span=(strict.MIN_SCORE / strict.MAX_SCORE, strict.MAX_SCORE / strict.MIN_SCORE),
     )
     return [
-        dict(metric="judge_relative")
-        | interval.row()
-        | dict(
+        MetricRow(
+            task=records[0].task,
+            family=records[0].family,
+            metric="judge_relative",
+            **interval.row(),
             best=comparison["best"],
             n_unparsed=0,
             n_unscored=comparison["n_unscored"],
-            n_errors=sum(bool(r.get("error")) for r in records),
+            n_errors=sum(bool(r.error) for r in records),
             scored_only=comparison["ratio_of_means"],
-            judge_sd=None,
-            mde=None,
+            **{name: comparison[name] for name in ("mean_of_ratios", "win", "tie", "loss")},
         )
-        | {name: comparison[name] for name in ("mean_of_ratios", "win", "tie", "loss")}
     ]
 
 
 def paired_accuracy(
-    records: Sequence[Record], inputs: ScoringInputs, *, resampling: intervals.Resampling
-) -> list[dict[str, Any]]:
+    records: Sequence[EvalRecord], inputs: ScoringInputs, *, resampling: intervals.Resampling
+) -> list[MetricRow]:
     """Return ProbMed's paired accuracy, overall and by question type.
 
     An image counts as right only if all questions of one type about it are answered correctly.
     """
-    kinds = [dict(r["slices"]).get(KIND, "") for r in records]
+    kinds = [dict(r.slices).get(KIND, "") for r in records]
     item_scores = [per_record.record_scores(r, inputs)["accuracy"] for r in records]
-    keys = [(r["image"], kind) for r, kind in zip(records, kinds, strict=True)]
+    keys = [(r.image, kind) for r, kind in zip(records, kinds, strict=True)]
     first = {key: r for key, r in reversed(list(zip(keys, records, strict=True)))}
     merged = strict.all_correct_by_key(item_scores, keys)
     rows = []
@@ -189,7 +187,7 @@ def paired_accuracy(
 
 
 def scores(
-    before: Sequence[Record], after: Sequence[Record], *, resampling: intervals.Resampling
+    before: Sequence[EvalRecord], after: Sequence[EvalRecord], *, resampling: intervals.Resampling
 ) -> list[dict[str, Any]]:
     """Return the paired scores of two sets of records, the primary metric first.
 
@@ -214,13 +212,13 @@ def scores(
     return rows
 
 
-def with_answers(records: Sequence[Record], answers: Mapping[str, str]) -> list[dict[str, Any]]:
+def with_answers(records: Sequence[EvalRecord], answers: Mapping[str, str]) -> list[EvalRecord]:
     """Return the records with these texts as their answers and no failures: for baselines."""
-    return [dict(record) | {"text": answers[record["id"]], "error": ""} for record in records]
+    return [dataclasses.replace(r, text=answers[r.id], error="") for r in records]
 
 
 def scores_by_item(
-    records: Sequence[Record], inputs: ScoringInputs = NO_INPUTS
+    records: Sequence[EvalRecord], inputs: ScoringInputs = NO_INPUTS
 ) -> dict[tuple[str, str], dict[str, tuple[str, float]]]:
     """Return (task, metric) -> id -> (group, value); tasks in order, the primary one first."""
     table: dict[tuple[str, str], dict[str, tuple[str, float]]] = {}
@@ -228,7 +226,7 @@ def scores_by_item(
         for record in task_records:
             for metric, value in record_values(record, inputs).items():
                 by_item = table.setdefault((task, metric), {})
-                by_item[record["id"]] = (record["group"], value)
+                by_item[record.id] = (record.group, value)
     return table
 
 

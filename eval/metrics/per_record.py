@@ -22,17 +22,16 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from medmax_jax.endpoints import egress, reasoning
+from medmax_jax.endpoints import reasoning
 from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import strict
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.metrics.strict import ItemScore
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import journal
 
-Record = Mapping[str, Any]
 JUDGMENTS, IMAGE_SCORES = "judgments.jsonl", "image_scores.jsonl"
 CORRECT, RELATIVE = "correct", "relative"
 PAPER_OPEN, PAPER_RELATIVE = "paper_open", "paper_relative"
@@ -64,11 +63,6 @@ class ScoringInputs:
 
 
 NO_INPUTS = ScoringInputs()
-
-
-def is_credentialed(record: Record) -> bool:
-    """Return whether a record's content must not leave the private workdir."""
-    return record.get("data_class") == egress.CREDENTIALED
 
 
 def read(workdir: str | Path, *, judge: str | None = None) -> ScoringInputs:
@@ -103,17 +97,17 @@ def load_image_scores(path: Path) -> ScoringInputs:
     return ScoringInputs(image_scores=by_scorer, scorers=scorers)
 
 
-def answer_text(record: Record) -> str:
+def answer_text(record: EvalRecord) -> str:
     """Return the text of a record that is its answer: "" where the model never left its reasoning.
 
     The scoring of the MedMax release reads the complete text (eval/metrics/release.py).
     """
-    return reasoning.final_answer(record["text"]) or ""
+    return reasoning.final_answer(record.text) or ""
 
 
-def record_scores(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str, ItemScore]:
+def record_scores(record: EvalRecord, inputs: ScoringInputs = NO_INPUTS) -> dict[str, ItemScore]:
     """Return metric -> score of one record, the headline first; unscored where the model failed."""
-    family, text, answer = record["family"], answer_text(record), record["answer"]
+    family, text, answer = record.family, answer_text(record), record.answer
     if family in ("vqa_closed", "vqa_mcq"):
         scores = {"accuracy": _accuracy(record)}
     elif family == "vqa_open":
@@ -123,10 +117,10 @@ def record_scores(record: Record, inputs: ScoringInputs = NO_INPUTS) -> dict[str
     else:
         scores = _preference_score(record, inputs) if family in PAIRWISE_FAMILIES else {}
         for scorer, lines in inputs.image_scores.items():
-            scores |= _image_scores(record, scorer, lines.get(record["id"]))
+            scores |= _image_scores(record, scorer, lines.get(record.id))
         scores |= _text_scores(record)
-    if record.get("error"):
-        return {name: strict.unscored(record["error"], low=minimum_score(name)) for name in scores}
+    if record.error:
+        return {name: strict.unscored(record.error, low=minimum_score(name)) for name in scores}
     return scores
 
 
@@ -140,38 +134,38 @@ def span(metric: str) -> intervals.Span:
     return minimum_score(metric), 1.0
 
 
-def pairs(record: Record, inputs: ScoringInputs, kind: str) -> list[tuple[float, float]]:
+def pairs(record: EvalRecord, inputs: ScoringInputs, kind: str) -> list[tuple[float, float]]:
     """Return the judge's (reference, model) votes on a record; [] for none."""
-    line = inputs.judgments.get(kind, {}).get(record["id"])
+    line = inputs.judgments.get(kind, {}).get(record.id)
     return [(a, b) for a, b in line["votes"]] if line else []
 
 
-def _accuracy(record: Record) -> ItemScore:
-    text, answer, prompt = record["text"], record["answer"], record["prompt"]
+def _accuracy(record: EvalRecord) -> ItemScore:
+    text, answer, prompt = record.text, record.answer, record.prompt
     try:
-        if record["family"] == "vqa_closed":
+        if record.family == "vqa_closed":
             return strict.closed(text, answer, prompt)
         return strict.choice(text, answer, prompt)
     except strict.StrictError as error:  # the row is invalid: report it after all others
         return strict.unscored(str(error))
 
 
-def _correctness_score(record: Record, inputs: ScoringInputs) -> dict[str, ItemScore]:
+def _correctness_score(record: EvalRecord, inputs: ScoringInputs) -> dict[str, ItemScore]:
     if CORRECT not in inputs.judgments:
         return {}
-    line = inputs.judgments[CORRECT].get(record["id"])
+    line = inputs.judgments[CORRECT].get(record.id)
     if line is None or not line["votes"]:
         return {"judge_correct": strict.unscored(_why(line))}
     return {"judge_correct": strict.scored(sum(line["votes"]) / len(line["votes"]))}
 
 
-def _preference_score(record: Record, inputs: ScoringInputs) -> dict[str, ItemScore]:
+def _preference_score(record: EvalRecord, inputs: ScoringInputs) -> dict[str, ItemScore]:
     """Return 1 for an answer that the judge rates above the reference, 0.5 for equal ones."""
     if RELATIVE not in inputs.judgments:
         return {}
     votes = pairs(record, inputs, RELATIVE)
     if not votes:
-        line = inputs.judgments[RELATIVE].get(record["id"])
+        line = inputs.judgments[RELATIVE].get(record.id)
         return {"judge_preference": strict.unscored(_why(line))}
     better = sum((b > a) + (b == a) / 2 for a, b in votes)
     return {"judge_preference": strict.scored(better / len(votes))}
@@ -181,12 +175,12 @@ def _why(line: Mapping | None) -> str:
     return "; ".join(line["why"]) if line else "not judged"
 
 
-def _image_scores(record: Record, scorer: str, line: Mapping | None) -> dict[str, ItemScore]:
+def _image_scores(record: EvalRecord, scorer: str, line: Mapping | None) -> dict[str, ItemScore]:
     """Return the image scores of a record.
 
     An answer without an image has the blank image's similarity, so not drawing gains nothing.
     """
-    names = IMAGE_METRICS.get(record["family"], ())
+    names = IMAGE_METRICS.get(record.family, ())
     if scorer in IMAGE_ONLY_SCORERS:
         names = [name for name in names if name in IMAGE_PAIR_METRICS]
     if line is None or line.get("problem"):
@@ -218,19 +212,19 @@ def _cosine(line: Mapping, name: str, select: Callable) -> float | None:
     return select(cosines) if cosines else line[f"blank_{name}"]
 
 
-def _text_scores(record: Record) -> dict[str, ItemScore]:
-    family, text, answer = record["family"], answer_text(record), record["answer"]
+def _text_scores(record: EvalRecord) -> dict[str, ItemScore]:
+    family, text, answer = record.family, answer_text(record), record.answer
     values = {}
     if family != "image_generation":
         values["token_f1"] = text_metrics.token_f1(text, answer)
         values["rouge_l"] = text_metrics.rouge_l(text, answer)
-    if family == "captioning" and record["facts"]:
-        values["fact_recall"] = text_metrics.recall(text, record["facts"])
+    if family == "captioning" and record.facts:
+        values["fact_recall"] = text_metrics.recall(text, record.facts)
     if family == "multimodal":
-        values["has_image"] = float(bool(record["images"]))
+        values["has_image"] = float(bool(record.generated))
     generates_image = family in ("image_generation", "multimodal")
-    if generates_image and record["predicted_modality"] is not None and record["modality"]:
-        values["modality_match"] = float(record["predicted_modality"] == record["modality"])
+    if generates_image and record.predicted_modality is not None and record.modality:
+        values["modality_match"] = float(record.predicted_modality == record.modality)
     return {name: strict.scored(value) for name, value in values.items()}
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.eval.metrics import per_record, strict
-from medmax_jax.eval.metrics.per_record import Record, ScoringInputs
+from medmax_jax.eval.metrics.per_record import ScoringInputs
+from medmax_jax.eval.records import EvalRecord
 
 FOLDER = Path(__file__).parents[1] / "prompts"
 JUDGE = "gpt-4o-mini"  # called once, at the endpoint's own temperature
@@ -205,13 +206,15 @@ def _prompt(name: str) -> str:
 CLIP = "biomedclip"  # the only scorer that the release has
 
 
-def release_scores(records: Sequence[Record], inputs: ScoringInputs) -> dict[str, dict[str, Any]]:
+def release_scores(
+    records: Sequence[EvalRecord], inputs: ScoringInputs
+) -> dict[str, dict[str, Any]]:
     """Return metric -> {paper, paper_n, paper_why} of the records of one task."""
-    family = records[0]["family"]
+    family = records[0].family
     if family == "vqa_closed":
-        return {"accuracy": _score(_mean, [closed(r["text"], r["answer"]) for r in records])}
+        return {"accuracy": _score(_mean, [closed(r.text, r.answer) for r in records])}
     if family == "vqa_mcq":
-        return {"accuracy": _score(_mean, [choice(r["text"], r["answer"]) for r in records])}
+        return {"accuracy": _score(_mean, [choice(r.text, r.answer) for r in records])}
     if family == "vqa_open":
         replies = _replies(records, inputs, per_record.PAPER_OPEN)
         if replies is None:
@@ -252,19 +255,19 @@ def _ratio(replies: Sequence[str]) -> float:
     return relative(replies)["pred_relative_score"] / 100
 
 
-def _replies(records: Sequence[Record], inputs: ScoringInputs, kind: str) -> list[str] | None:
+def _replies(records: Sequence[EvalRecord], inputs: ScoringInputs, kind: str) -> list[str] | None:
     """Return the unchanged replies; None where no judge received the release's messages."""
     lines = inputs.judgments.get(kind)
     if lines is None:
         return None
-    return [lines[r["id"]]["votes"][0] for r in records if lines.get(r["id"], {}).get("votes")]
+    return [lines[r.id]["votes"][0] for r in records if lines.get(r.id, {}).get("votes")]
 
 
-def _cosines(records: Sequence[Record], lines: Mapping[str, Mapping], name: str) -> list[float]:
+def _cosines(records: Sequence[EvalRecord], lines: Mapping[str, Mapping], name: str) -> list[float]:
     """Return the cosines of the first images; as the release prepares them, where that differs."""
     cosines = []
     for record in records:
-        line = lines.get(record["id"], {})
+        line = lines.get(record.id, {})
         values = line.get(f"{name}_released", line.get(name))
         cosines += values[:1] if values else []
     return cosines

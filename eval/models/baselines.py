@@ -7,17 +7,19 @@ blind      the most common training answer of the question's template
 """
 
 import collections
+import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 
 from medmax_jax.eval.metrics import aggregate, text
 from medmax_jax.eval.models.base import ModelRequest, Segment
+from medmax_jax.eval.records import EvalRecord, Item
+from medmax_jax.eval.results import BaselineScores, MetricRow
 from medmax_jax.eval.stats import intervals
-from medmax_jax.eval.tasks.items import FAMILIES, Item
+from medmax_jax.eval.tasks.items import FAMILIES
 from medmax_jax.models import images
 from medmax_jax.storage import image_paths
 
@@ -95,16 +97,16 @@ class Baseline:
 def baseline_scores(
     names: Sequence[str],
     items: Sequence[Item],
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[EvalRecord],
     *,
     mode: str,
     resampling: intervals.Resampling,
-) -> list[dict[str, Any]]:
-    """Return the text scores of each baseline on the records: {name, says, scores}.
+) -> list[BaselineScores]:
+    """Return the text scores of each baseline on the records.
 
     Images have no baseline scores.
     """
-    text_records = [r for r in records if FAMILIES[r["family"]].mode == "text"]
+    text_records = [r for r in records if FAMILIES[r.family].mode == "text"]
     if not text_records:
         return []
     baselines = []
@@ -112,23 +114,25 @@ def baseline_scores(
         answers = baseline_answers(name, items, seed=resampling.seed)
         answered = aggregate.with_answers(text_records, answers)
         scores = aggregate.summary(answered, mode=mode, resampling=resampling)
-        baselines.append(dict(name=name, says=DESCRIPTIONS[name], scores=scores))
+        baselines.append(BaselineScores(name=name, says=DESCRIPTIONS[name], scores=tuple(scores)))
     return baselines
 
 
-def attach_baselines(
-    rows: Sequence[dict[str, Any]], baselines: Sequence[Mapping[str, Any]]
-) -> None:
-    """Add to each row `baseline`, the best baseline on its task and metric, and its name."""
+def with_baselines(
+    rows: Sequence[MetricRow], baselines: Sequence[BaselineScores]
+) -> list[MetricRow]:
+    """Return the rows with `baseline`, the best on their task and metric, and its name."""
+    values: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for baseline in baselines:
+        for score in baseline.scores:
+            key = (score.task, score.metric)
+            values.setdefault(key, []).append((score.value, baseline.name))
+    attached = []
     for row in rows:
-        values = [
-            (score["value"], baseline["name"])
-            for baseline in baselines
-            for score in baseline["scores"]
-            if (score["task"], score["metric"]) == (row["task"], row["metric"])
-        ]
-        best = min if row["metric"] in ("unparsed",) else max
-        row["baseline"], row["baseline_name"] = best(values) if values else (None, "")
+        best = min if row.metric in ("unparsed",) else max
+        value, name = best(values.get((row.task, row.metric), []), default=(None, ""))
+        attached.append(dataclasses.replace(row, baseline=value, baseline_name=name))
+    return attached
 
 
 def _random_answer(item: Item, task_items: Sequence[Item], rng: random.Random) -> str:

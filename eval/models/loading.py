@@ -24,8 +24,8 @@ from medmax_jax.eval.encoders import modality
 from medmax_jax.eval.models import base, baselines, predictions
 from medmax_jax.eval.models import endpoint as endpoint_model
 from medmax_jax.eval.models.base import ModalityClassifier
+from medmax_jax.eval.records import Item
 from medmax_jax.eval.stats import intervals
-from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks.selection import EvalSet, Shard
 from medmax_jax.generation import model_bundle
 from medmax_jax.io.journal import open_journal
@@ -222,7 +222,7 @@ def _native(spec: ModelSpec, settings: Settings, eval_set: EvalSet) -> LoadedMod
 
 def real_image_accuracy(
     generator: model_bundle.ModelBundle,
-    items: Sequence[task_items.Item],
+    items: Sequence[Item],
     centroids: modality.Centroids,
     *,
     images_folder: str | Path,

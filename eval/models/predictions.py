@@ -18,7 +18,8 @@ import PIL.Image
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.models.base import FailedResponse, ModelRequest, Segment
-from medmax_jax.eval.tasks.items import FAMILIES, Item, is_credentialed
+from medmax_jax.eval.records import Item, is_credentialed
+from medmax_jax.eval.tasks.items import FAMILIES
 from medmax_jax.io.errors import printable
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models import image_headers, images

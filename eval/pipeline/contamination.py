@@ -25,9 +25,9 @@ from medmax_jax.data.image_tokens.encoder import Encoder
 from medmax_jax.data.records.jsonl import plain_text
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.eval.metrics import aggregate
-from medmax_jax.eval.metrics.per_record import Record, ScoringInputs
+from medmax_jax.eval.metrics.per_record import ScoringInputs
+from medmax_jax.eval.records import EvalRecord, Item
 from medmax_jax.eval.stats import intervals
-from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.io import journal
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ class ContaminationError(ValueError):
 
 
 def find(
-    items: Sequence[task_items.Item],
+    items: Sequence[Item],
     train: str | Path,
     workdir: str | Path,
     *,
@@ -84,7 +84,7 @@ def read(workdir: str | Path) -> dict[str, dict[str, bool]]:
 
 
 def summary(
-    records: Sequence[Record],
+    records: Sequence[EvalRecord],
     flags: dict[str, dict[str, bool]],
     inputs: ScoringInputs,
     *,
@@ -103,9 +103,9 @@ def summary(
     } | {way: lambda flag, way=way: flag[way] for way in WAYS}
     for task, task_records in aggregate.tasks_of(records).items():
         for part, selects in parts.items():
-            part_records = [r for r in task_records if r["id"] in flags and selects(flags[r["id"]])]
+            part_records = [r for r in task_records if r.id in flags and selects(flags[r.id])]
             part_rows = aggregate.summary(part_records, inputs, mode=mode, resampling=resampling)
-            heads = [row for row in part_rows if row["headline"]]
+            heads = [row.to_json() for row in part_rows if row.headline]
             head = heads[0] if heads else dict(metric=None, n=0, groups=0)
             names = ("metric", "n", "groups", "few_groups", "value", "ci_low", "ci_high")
             rows.append(dict(task=task, part=part) | {name: head.get(name) for name in names})
@@ -113,7 +113,7 @@ def summary(
 
 
 def _compare(
-    items: Sequence[task_items.Item],
+    items: Sequence[Item],
     train_records: Records,
     tokenizer: Tokenizer,
     encoder: Encoder | None,
@@ -172,8 +172,8 @@ def _hashes(digests: Sequence[str]) -> UInt64[np.ndarray, "n"]:
     return np.array([near_duplicates.hash64(digest) for digest in digests], np.uint64)
 
 
-def _key(items: Sequence[task_items.Item], train_records: Records) -> str:
-    values = [list(task_items.item_fields(item).values()) for item in items]
+def _key(items: Sequence[Item], train_records: Records) -> str:
+    values = [list(item.item_fields().values()) for item in items]
     return hashlib.sha256(json.dumps([values, train_records.fingerprint]).encode()).hexdigest()
 
 

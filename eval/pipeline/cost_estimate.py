@@ -16,6 +16,7 @@ from medmax_jax.eval.config import Settings
 from medmax_jax.eval.models import base, loading
 from medmax_jax.eval.models import endpoint as endpoint_model
 from medmax_jax.eval.pipeline import inference, judging
+from medmax_jax.eval.records import EvalRecord, Item
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes
 from medmax_jax.eval.tasks.selection import EvalSet, Shard
@@ -94,7 +95,7 @@ def check_endpoint(
 
 def _remaining_items(
     settings: Settings, eval_set: EvalSet, spec: loading.ModelSpec, workdir: Path, shard: Shard
-) -> tuple[list[task_items.Item], list[task_items.Item]]:
+) -> tuple[list[Item], list[Item]]:
     """Return the items of this part without a record, and those of the probes."""
     left = _without_record(eval_set.items[shard.index :: shard.count], workdir / OF_RECORDS)
     probe_items = []
@@ -106,16 +107,14 @@ def _remaining_items(
     return left, probe_items
 
 
-def _without_record(items: Sequence[task_items.Item], out: Path) -> list[task_items.Item]:
+def _without_record(items: Sequence[Item], out: Path) -> list[Item]:
     """Return the items without a record in a file of `out`."""
-    done = {
-        record["id"] for path in inference.shard_files(out) for record in journal.read_jsonl(path)
-    }
+    done = {row["id"] for path in inference.shard_files(out) for row in journal.read_jsonl(path)}
     return [item for item in items if item.id not in done]
 
 
 def _requests(
-    settings: Settings, eval_set: EvalSet, items: Sequence[task_items.Item]
+    settings: Settings, eval_set: EvalSet, items: Sequence[Item]
 ) -> list[base.ModelRequest]:
     return [
         inference.make_request(item, eval_set.folder, settings.mode, settings.prompt)
@@ -123,17 +122,16 @@ def _requests(
     ]
 
 
-def _judge_cost(
-    settings: Settings, eval_set: EvalSet, items: Sequence[task_items.Item]
-) -> dict[str, Any]:
+def _judge_cost(settings: Settings, eval_set: EvalSet, items: Sequence[Item]) -> dict[str, Any]:
     """Return judge calls if each first reply is readable, and USD at most for full answers."""
     if not settings.judge.endpoint:
         return dict(judge_calls=0, judge_usd=None)
     judged_items = [item for item in items if item.family in judging.JUDGED_FAMILIES]
     requests = _requests(settings, eval_set, judged_items)
     records = [
-        inference.item_fields(item)
-        | {"text": request.id.ljust(request.max_tokens * cached_chat_api.CHARS_PER_TOKEN)}
+        EvalRecord.of(
+            item, text=request.id.ljust(request.max_tokens * cached_chat_api.CHARS_PER_TOKEN)
+        )
         for item, request in zip(judged_items, requests, strict=True)
     ]
     judge = judging.make_judge(settings.judge)

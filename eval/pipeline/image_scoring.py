@@ -23,7 +23,7 @@ import PIL.Image
 
 from medmax_jax.eval.encoders.scorer import SAME, Rows, Scorer
 from medmax_jax.eval.metrics import embeddings, image_sets, per_record
-from medmax_jax.eval.metrics.per_record import Record
+from medmax_jax.eval.records import EvalRecord, is_credentialed
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import journal as io_journal
 from medmax_jax.io.journal import Journal, open_journal
@@ -39,7 +39,7 @@ SET_SIZE = 1_000  # rows of a subset, or half of the rows that exist
 
 
 def score_images(
-    records: Sequence[Record],
+    records: Sequence[EvalRecord],
     scorers: Sequence[Scorer],
     workdir: str | Path,
     *,
@@ -51,17 +51,17 @@ def score_images(
     """Write WORKDIR/out; return {task, scorer, metric, ...} of complete image sets."""
     workdir = Path(workdir)
     families = per_record.IMAGE_METRICS
-    scored = [r for r in records if r["family"] in families and not r.get("error")]
+    scored = [r for r in records if r.family in families and not r.error]
     lines, sets = [], []
     for scorer in scorers:
         with open_journal(workdir / STORE) as journal:
             job = _EmbeddingJob(scorer, journal, workdir, Path(images_folder))
             job.embed(scored, progress)
-        for task in dict.fromkeys(record["task"] for record in scored):
-            problems = {r["id"]: job.problem(r) for r in scored if r["task"] == task}
-            embeddable = [r for r in scored if r["id"] in problems and not problems[r["id"]]]
+        for task in dict.fromkeys(record.task for record in scored):
+            problems = {r.id: job.problem(r) for r in scored if r.task == task}
+            embeddable = [r for r in scored if r.id in problems and not problems[r.id]]
             lines += [
-                _line(job, {"id": name}) | {"problem": problem}
+                _line(job, name) | {"problem": problem}
                 for name, problem in problems.items()
                 if problem
             ]
@@ -99,7 +99,7 @@ class _EmbeddingJob:
         self._problems: dict[str, str] = {}
         self.embeds_text = scorer.name not in per_record.IMAGE_ONLY_SCORERS
 
-    def embed(self, records: Sequence[Record], progress: Callable[[str], None]) -> None:
+    def embed(self, records: Sequence[EvalRecord], progress: Callable[[str], None]) -> None:
         requests = {w.key: w for r in records if not self._missing(r) for w in self._requests(r)}
         todo = [request for key, request in requests.items() if key not in self._rows]
         progress(f"{self.scorer.name}: {len(todo)} images and texts to embed")
@@ -117,7 +117,7 @@ class _EmbeddingJob:
         for part in _parts(text_requests, self.scorer.batch):
             self._put(part, self.scorer.embed_texts([request.content for request in part]))
 
-    def problem(self, record: Record) -> str:
+    def problem(self, record: EvalRecord) -> str:
         """Return why a record has no scores, or "" where it has scores."""
         if missing := self._missing(record):
             return missing
@@ -125,14 +125,14 @@ class _EmbeddingJob:
             (self._problems[w.key] for w in self._requests(record) if w.key in self._problems), ""
         )
 
-    def generated(self, record: Record) -> list[np.ndarray]:
+    def generated(self, record: EvalRecord) -> list[np.ndarray]:
         return [self._rows[self._key(path)] for path in self._generated(record)]
 
-    def released(self, record: Record) -> list[np.ndarray]:
+    def released(self, record: EvalRecord) -> list[np.ndarray]:
         """Return the embeddings of images that are prepared as in the MedMax release."""
         return [self._rows[self._key(path, released=True)] for path in self.paths(record)]
 
-    def reference(self, record: Record) -> np.ndarray | None:
+    def reference(self, record: EvalRecord) -> np.ndarray | None:
         """Return the image of the item: the one shown, or the reference of an image to generate."""
         path = self._reference(record)
         return None if path is None else self._rows[self._key(path)]
@@ -143,27 +143,27 @@ class _EmbeddingJob:
     def blank(self) -> np.ndarray:
         return self._rows[BLANK]
 
-    def paths(self, record: Record) -> list[Path]:
+    def paths(self, record: EvalRecord) -> list[Path]:
         """Return the images to compare with the text: the image shown, or the generated ones."""
-        if record["family"] == "captioning":
-            return [self._resolved(self._folder, record, record["image"])]
+        if record.family == "captioning":
+            return [self._resolved(self._folder, record, record.image)]
         return self._generated(record)
 
-    def _generated(self, record: Record) -> list[Path]:
-        return [self._resolved(self._workdir, record, name) for name in record["images"]]
+    def _generated(self, record: EvalRecord) -> list[Path]:
+        return [self._resolved(self._workdir, record, name) for name in record.generated]
 
-    def _reference(self, record: Record) -> Path | None:
+    def _reference(self, record: EvalRecord) -> Path | None:
         """Return the file of the item's image; None where there is none."""
-        if not record["image"]:
+        if not record.image:
             return None
-        path = self._resolved(self._folder, record, record["image"])
+        path = self._resolved(self._folder, record, record.image)
         return path if path.is_file() else None
 
-    def _resolved(self, folder: Path, record: Record, name: str) -> Path:
-        label = "an image of a credentialed item" if per_record.is_credentialed(record) else ""
+    def _resolved(self, folder: Path, record: EvalRecord, name: str) -> Path:
+        label = "an image of a credentialed item" if is_credentialed(record) else ""
         return image_paths.resolve(folder, name, label=label)
 
-    def _requests(self, record: Record) -> Iterator[_EmbeddingRequest]:
+    def _requests(self, record: EvalRecord) -> Iterator[_EmbeddingRequest]:
         reference = self._reference(record)
         for path in self._generated(record) + ([reference] if reference else []):
             yield _EmbeddingRequest(self._key(path), path)
@@ -171,12 +171,12 @@ class _EmbeddingJob:
             for path in self.paths(record):
                 yield _EmbeddingRequest(self._key(path, released=True), path, released=True)
             answer = per_record.answer_text(record)
-            for text in dict.fromkeys((answer, record["text"], record["answer"], record["prompt"])):
+            for text in dict.fromkeys((answer, record.text, record.answer, record.prompt)):
                 yield _EmbeddingRequest(_text_key(text), text)
-        if record["family"] != "captioning":
+        if record.family != "captioning":
             yield _EmbeddingRequest(BLANK, _blank(self._workdir))
 
-    def _missing(self, record: Record) -> str:
+    def _missing(self, record: EvalRecord) -> str:
         paths = self.paths(record) + self._generated(record)
         return next((f"{path} does not exist" for path in paths if not path.is_file()), "")
 
@@ -209,27 +209,27 @@ class _EmbeddingJob:
         self._journal.append(*lines)
 
 
-def _lines(job: _EmbeddingJob, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+def _lines(job: _EmbeddingJob, records: Sequence[EvalRecord]) -> Iterator[dict[str, Any]]:
     ranks = _ranks(job, records)
     for record in records:
-        line = _line(job, record) | _cosines(job, record)
-        if record["id"] in ranks:
-            line |= dict(rank=ranks[record["id"]], of=len(records))
+        line = _line(job, record.id) | _cosines(job, record)
+        if record.id in ranks:
+            line |= dict(rank=ranks[record.id], of=len(records))
         yield line
 
 
-def _line(job: _EmbeddingJob, record: Record) -> dict[str, Any]:
-    return dict(id=record["id"], scorer=job.scorer.name, fingerprint=job.scorer.fingerprint)
+def _line(job: _EmbeddingJob, name: str) -> dict[str, Any]:
+    return dict(id=name, scorer=job.scorer.name, fingerprint=job.scorer.fingerprint)
 
 
-def _cosines(job: _EmbeddingJob, record: Record) -> dict[str, Any]:
-    family, reference = record["family"], job.reference(record)
+def _cosines(job: _EmbeddingJob, record: EvalRecord) -> dict[str, Any]:
+    family, reference = record.family, job.reference(record)
     cosines: dict[str, Any] = {}
     if family == "captioning":
         if not job.embeds_text:
             return {}
-        answer, expected = job.text(per_record.answer_text(record)), job.text(record["answer"])
-        (prepared,), released = job.released(record), job.text(record["text"])
+        answer, expected = job.text(per_record.answer_text(record)), job.text(record.answer)
+        (prepared,), released = job.released(record), job.text(record.text)
         (combined,) = embeddings.combined_clip_score(
             reference[None], answer[None], [expected[None]]
         )
@@ -241,7 +241,7 @@ def _cosines(job: _EmbeddingJob, record: Record) -> dict[str, Any]:
         )
     generated, blank = job.generated(record), job.blank()
     if job.embeds_text and family == "image_generation":
-        prompt = job.text(record["prompt"])
+        prompt = job.text(record.prompt)
         prepared = job.released(record)
         cosines["image_text"] = [_dot(vector, prompt) for vector in generated]
         cosines["image_text_released"] = [_dot(vector, prompt) for vector in prepared]
@@ -252,11 +252,11 @@ def _cosines(job: _EmbeddingJob, record: Record) -> dict[str, Any]:
     return cosines
 
 
-def _ranks(job: _EmbeddingJob, records: Sequence[Record]) -> dict[str, float]:
+def _ranks(job: _EmbeddingJob, records: Sequence[EvalRecord]) -> dict[str, float]:
     """Return the rank of each item's own image or prompt in its task; no image ranks last."""
     if not job.embeds_text or len(records) < 2:
         return {}
-    family = records[0]["family"]
+    family = records[0].family
     if family == "captioning":
         answers = np.stack([job.text(per_record.answer_text(record)) for record in records])
         ranks = embeddings.retrieval_ranks(
@@ -265,27 +265,27 @@ def _ranks(job: _EmbeddingJob, records: Sequence[Record]) -> dict[str, float]:
     elif family == "image_generation":
         generated = [job.generated(record) for record in records]
         first = np.stack([vectors[0] if vectors else job.blank() for vectors in generated])
-        prompts = np.stack([job.text(record["prompt"]) for record in records])
+        prompts = np.stack([job.text(record.prompt) for record in records])
         ranks = embeddings.retrieval_ranks(first, prompts)
         ranks = np.where([bool(vectors) for vectors in generated], ranks, float(len(records)))
     else:
         return {}
-    return {r["id"]: float(rank) for r, rank in zip(records, ranks, strict=True)}
+    return {r.id: float(rank) for r, rank in zip(records, ranks, strict=True)}
 
 
 def _sets(
-    job: _EmbeddingJob, records: Sequence[Record], resampling: intervals.Resampling
+    job: _EmbeddingJob, records: Sequence[EvalRecord], resampling: intervals.Resampling
 ) -> Iterator[dict[str, Any]]:
     """Yield KID against the references, and the diversity of generated and reference images.
 
     KID's value and interval are over groups; `subsets_mean` and `subsets_std` are of subsets of
     `size`, as KID is published.
     """
-    if records[0]["family"] == "captioning":
+    if records[0].family == "captioning":
         return
-    first = ((record["group"], job.generated(record)[:1]) for record in records)
+    first = ((record.group, job.generated(record)[:1]) for record in records)
     generated, generated_groups = _grouped(first)
-    references = ((record["group"], job.reference(record)) for record in records)
+    references = ((record.group, job.reference(record)) for record in records)
     real, real_groups = _grouped((group, [] if row is None else [row]) for group, row in references)
     if len(set(generated_groups)) >= 2:
         interval = image_sets.diversity(

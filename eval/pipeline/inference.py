@@ -26,6 +26,14 @@ from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import per_record, release
 from medmax_jax.eval.models import base
 from medmax_jax.eval.models.base import ModalityClassifier
+from medmax_jax.eval.records import (
+    REQUIRED,
+    EvalRecord,
+    Item,
+    is_credentialed,
+    item_name,
+    read_records,
+)
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks.selection import WHOLE, Shard
 from medmax_jax.io import journal as io_journal
@@ -39,7 +47,7 @@ Progress = Callable[[str], None]
 
 def run_items(
     model: base.Model,
-    items: Sequence[task_items.Item],
+    items: Sequence[Item],
     *,
     mode: str,
     images_folder: str | Path,
@@ -50,7 +58,7 @@ def run_items(
     prompt: str = "sft",
     shard: Shard = WHOLE,
     facts: dict[str, str] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[EvalRecord]:
     """Return one record per item, in their order; `out` is the JSONL file that is appended to.
 
     Existing records in `out` are kept.
@@ -69,10 +77,10 @@ def run_items(
         model, mode, prompt, Path(images_folder), out, classify_modality, facts or {}
     )
     with _other_shards(out, shard) as other_records, open_journal(shard.file(out)) as journal:
-        own_records = io_journal.checked(journal.rows, ("id",), journal.path)
-        records_by_id = {record["id"]: record for record in (*other_records, *own_records)}
+        own_records = _records(journal.rows, journal.path)
+        records_by_id = {record.id: record for record in (*other_records, *own_records)}
         for number, item in enumerate(items, start=1):
-            name = task_items.item_name(item, number)
+            name = item_name(item, number)
             _check_same(item, records_by_id.get(item.id), runner.facts, f"{out}: item {name}")
         todo = [item for item in items if item.id not in records_by_id]
         history = shard.file(out.with_name(NAME))
@@ -83,8 +91,8 @@ def run_items(
                 log.started(len(window_items))
                 waiting = f"{family}: waiting for answers (a native model compiles first)"
                 for records in report_waits(runner.batches(window_items), waiting, progress):
-                    journal.append(*records)
-                    records_by_id |= {record["id"]: record for record in records}
+                    journal.append(*(record.to_json() for record in records))
+                    records_by_id |= {record.id: record for record in records}
                     log.finished(len(records))
                     item_progress.tick(family, len(records))
         finally:
@@ -94,14 +102,14 @@ def run_items(
 
 
 def _check_complete(
-    items: Sequence[task_items.Item],
+    items: Sequence[Item],
     records_by_id: Mapping[str, Any],
     model: base.Model,
     progress: Progress,
 ) -> None:
     """Raise Interrupted if items had no reply, so that the same command requests them again."""
     missing = [
-        task_items.item_name(item, number)
+        item_name(item, number)
         for number, item in enumerate(items, start=1)
         if item.id not in records_by_id
     ]
@@ -126,15 +134,14 @@ class _ItemRunner:
     classify_modality: ModalityClassifier | None
     facts: dict[str, str]
 
-    def batches(self, items: Sequence[task_items.Item]):
+    def batches(self, items: Sequence[Item]):
         """Yield lists of records in the order in which the model completes its answers."""
         requests = [make_request(item, self.folder, self.mode, self.prompt) for item in items]
         for batch, seconds in _timed(_batches(self.model, requests)):
             seconds_per_item = round(seconds / len(batch), 4)
-            timing = {"seconds": seconds_per_item}
-            yield [self.record(items[index], answer) | timing for index, answer in batch]
+            yield [self.record(items[index], answer, seconds_per_item) for index, answer in batch]
 
-    def record(self, item: task_items.Item, answer) -> dict[str, Any]:
+    def record(self, item: Item, answer, seconds: float) -> EvalRecord:
         if isinstance(answer, base.FailedResponse):
             texts, generated, codes, error = [], [], [], answer.why
         else:
@@ -147,17 +154,19 @@ class _ItemRunner:
                 self.classify_modality(codes[0], np.asarray(generated[0])) if generated else ""
             )
         text = " ".join(text.strip() for text in texts).strip()
-        content = dict(
+        return EvalRecord.of(
+            item,
             text=text,
-            images=self._save_images(item, generated),
+            generated=tuple(self._save_images(item, generated)),
             codes=[image_codes.tolist() for image_codes in codes if image_codes is not None],
             predicted_modality=predicted_modality,
+            **release.parse_and_judge(item.family, text, item.answer, item.prompt),
+            error=error,
+            seconds=seconds,
+            **self.facts,
         )
-        parsed = release.parse_and_judge(item.family, text, item.answer, item.prompt)
-        failed = {"error": error} if error else {}
-        return item_fields(item) | content | parsed | failed | self.facts
 
-    def _save_images(self, item: task_items.Item, generated) -> list[str]:
+    def _save_images(self, item: Item, generated) -> list[str]:
         folder, names = self.out.with_name(f"{self.out.stem}_images"), []
         for number, image in enumerate(generated):
             folder.mkdir(exist_ok=True)
@@ -177,9 +186,7 @@ class _ItemRunner:
         return names
 
 
-def make_request(
-    item: task_items.Item, folder: Path, mode: str, prompt: str = "sft"
-) -> base.ModelRequest:
+def make_request(item: Item, folder: Path, mode: str, prompt: str = "sft") -> base.ModelRequest:
     """Return the request that a model receives for an item; raise EvalError on another mode."""
     if mode not in task_items.MODES:
         raise EvalError(f"mode is {mode!r}; use one of {', '.join(task_items.MODES)}")
@@ -194,7 +201,7 @@ def make_request(
     )
 
 
-def _windows(todo: Sequence[task_items.Item], window: int):
+def _windows(todo: Sequence[Item], window: int):
     for family in task_items.FAMILIES:
         part = [item for item in todo if item.family == family]
         for start in range(0, len(part), window):
@@ -211,16 +218,20 @@ def _other_shards(out: Path, shard: Shard):
     """Yield records of the other files of this name; the complete run ignores locked shards."""
     own = shard.file(out)
     with contextlib.ExitStack() as stack:
-        rows: list[dict[str, Any]] = []
+        records: list[EvalRecord] = []
         for path in shard_files(out):
             if path == own or not path.exists():
                 continue
             if shard.count == 1:
                 journal: Journal = stack.enter_context(open_journal(path))
-                rows += io_journal.checked(journal.rows, ("id",), path)
+                records += _records(journal.rows, path)
             else:
-                rows += io_journal.read_jsonl(path)
-        yield rows
+                records += read_records(path)
+        yield records
+
+
+def _records(rows: list[dict[str, Any]], path: Path) -> list[EvalRecord]:
+    return [EvalRecord.from_json(row) for row in io_journal.checked(rows, REQUIRED, path)]
 
 
 def _timed(batches):
@@ -257,31 +268,24 @@ def _batches(model: base.Model, requests: Sequence[base.ModelRequest]):
         yield batch
 
 
-def _item_label(item: task_items.Item) -> str:
-    return "a credentialed item" if task_items.is_credentialed(item) else f"item {item.id}"
+def _item_label(item: Item) -> str:
+    return "a credentialed item" if is_credentialed(item) else f"item {item.id}"
 
 
-def item_fields(item: task_items.Item) -> dict[str, Any]:
-    """Return the fields of a record that are known before the answer."""
-    return json.loads(json.dumps(task_items.item_fields(item)))
-
-
-def _check_same(
-    item: task_items.Item, record: dict[str, Any] | None, facts: dict[str, str], where: str
-) -> None:
+def _check_same(item: Item, record: EvalRecord | None, facts: dict[str, str], where: str) -> None:
     if record is None:
         return
-    fields = item_fields(item)
-    if {name: record.get(name) for name in fields} != fields:
+    if not record.is_of(item):
         raise EvalError(
             f"{where} differs from the item that was answered before; use a new workdir for other "
             "items"
         )
     for name, value in facts.items():
-        if record.get(name) != value:
+        recorded = getattr(record, name)
+        if recorded != value:
             raise EvalError(
-                f"{where} has {name} {record.get(name)!r}, but this run has {value!r}: the record "
-                "belongs to another run; use a new workdir"
+                f"{where} has {name} {recorded!r}, but this run has {value!r}: the record belongs "
+                "to another run; use a new workdir"
             )
 
 

@@ -34,10 +34,10 @@ from medmax_jax.endpoints.chat_api import (
 )
 from medmax_jax.eval.config import JudgeSettings
 from medmax_jax.eval.metrics import llm_judge, per_record, release
-from medmax_jax.eval.metrics.per_record import CORRECT, PAPER_OPEN, PAPER_RELATIVE, RELATIVE, Record
+from medmax_jax.eval.metrics.per_record import CORRECT, PAPER_OPEN, PAPER_RELATIVE, RELATIVE
 from medmax_jax.eval.models.endpoint import make_endpoint
 from medmax_jax.eval.pipeline import inference
-from medmax_jax.eval.tasks import items as task_items
+from medmax_jax.eval.records import EvalRecord, Item, is_credentialed, read_records
 from medmax_jax.io import journal as io_journal
 from medmax_jax.io.journal import open_journal
 
@@ -69,7 +69,7 @@ def make_judge(settings: JudgeSettings) -> llm_judge.Judge:
     )
 
 
-def check_hosts(judge: llm_judge.Judge, items: Sequence[task_items.Item]) -> None:
+def check_hosts(judge: llm_judge.Judge, items: Sequence[Item]) -> None:
     """Raise OutgoingError where answers to the items may not go to the judge."""
     data_class = egress.strictest(
         item.data_class for item in items if item.family in JUDGED_FAMILIES
@@ -78,13 +78,13 @@ def check_hosts(judge: llm_judge.Judge, items: Sequence[task_items.Item]) -> Non
 
 
 def estimate(
-    judge: llm_judge.Judge, records: Sequence[Record], *, released: bool
+    judge: llm_judge.Judge, records: Sequence[EvalRecord], *, released: bool
 ) -> dict[str, Any]:
     """Return calls, tokens and USD if nothing is cached and every first reply can be read."""
     return _price(judge, _work(judge, records, {}, released), None)
 
 
-def check_judge(settings: JudgeSettings, items: Sequence[task_items.Item], workdir: Path) -> None:
+def check_judge(settings: JudgeSettings, items: Sequence[Item], workdir: Path) -> None:
     """Raise early where the judge may not receive these items or is not reachable.
 
     A judge that has nothing left to do in this workdir need not be reachable.
@@ -96,9 +96,9 @@ def check_judge(settings: JudgeSettings, items: Sequence[task_items.Item], workd
     per_record.check_names(workdir.glob("*.jsonl"))
     items = [item for item in items if item.family in JUDGED_FAMILIES]
     records = {
-        row["id"]: row
+        record.id: record
         for path in inference.shard_files(workdir / RECORDS)
-        for row in io_journal.read_jsonl(path)
+        for record in read_records(path)
     }
     left = [item for item in items if item.id not in records]
     if not left:
@@ -113,7 +113,7 @@ def check_judge(settings: JudgeSettings, items: Sequence[task_items.Item], workd
 
 def judge_records(
     judge: llm_judge.Judge,
-    records: Sequence[Record],
+    records: Sequence[EvalRecord],
     workdir: str | Path,
     *,
     released: bool,
@@ -145,7 +145,7 @@ def judge_records(
             judgments |= {(row["id"], kind, row["judge"]): row for row in new}
     by_kind = _records_by_kind(records, released)
     counts = {
-        kind: sum(bool(judgments[r["id"], kind, judge.fingerprint]["votes"]) for r in kind_records)
+        kind: sum(bool(judgments[r.id, kind, judge.fingerprint]["votes"]) for r in kind_records)
         for kind, kind_records in by_kind.items()
     }
     return dict(
@@ -160,46 +160,44 @@ def judge_records(
     )
 
 
-def judge_case(record: Record) -> llm_judge.Case:
+def judge_case(record: EvalRecord) -> llm_judge.Case:
     """Return the case that strict mode judges: the text shown to the model, and its text answer."""
     return llm_judge.Case(
-        id=record["id"],
-        question=record["prompt"].replace(IMAGE_MARK, "").strip(),
-        context=record["context"],
-        reference=record["answer"],
+        id=record.id,
+        question=record.prompt.replace(IMAGE_MARK, "").strip(),
+        context=record.context,
+        reference=record.answer,
         answer=per_record.answer_text(record),
-        data_class=record["data_class"],
+        data_class=record.data_class,
     )
 
 
-def paper_messages(record: Record, model: str) -> list[dict[str, str]]:
+def paper_messages(record: EvalRecord, model: str) -> list[dict[str, str]]:
     """Return the messages of the MedMax release.
 
     `model`: the name that its visual chat shows the judge with the answer.
     """
-    released = dict(record.get("released") or ())
-    if record["family"] == "vqa_open":
-        return release.open_messages(record["prompt"], record["answer"], record["text"])
-    if record["family"] == "multimodal":
-        return release.multimodal_messages(record["prompt"], record["answer"], record["text"])
-    question = released.get("prompt", record["prompt"])
+    released = dict(record.released)
+    if record.family == "vqa_open":
+        return release.open_messages(record.prompt, record.answer, record.text)
+    if record.family == "multimodal":
+        return release.multimodal_messages(record.prompt, record.answer, record.text)
+    question = released.get("prompt", record.prompt)
     row = {name: released.get(name, "") for name in ("fig_label", "fig_caption", "in_text_mention")}
     shown = {  # defect 8: the complete record, including the model's name
-        "question_id": record["id"],
+        "question_id": record.id,
         "prompt": question,
-        "text": record["text"],
-        "answer_id": record["id"],
+        "text": record.text,
+        "answer_id": record.id,
         "model_id": model,
         "metadata": {},
     }
-    return release.chat_messages(row | {"gpt4_answer": record["answer"]}, question, shown)
+    return release.chat_messages(row | {"gpt4_answer": record.answer}, question, shown)
 
 
-def _records_by_kind(records: Sequence[Record], released: bool) -> dict[str, list[Record]]:
-    open_records = [r for r in records if r["family"] == "vqa_open" and not r.get("error")]
-    pairwise = [
-        r for r in records if r["family"] in per_record.PAIRWISE_FAMILIES and not r.get("error")
-    ]
+def _records_by_kind(records: Sequence[EvalRecord], released: bool) -> dict[str, list[EvalRecord]]:
+    open_records = [r for r in records if r.family == "vqa_open" and not r.error]
+    pairwise = [r for r in records if r.family in per_record.PAIRWISE_FAMILIES and not r.error]
     by_kind = {CORRECT: open_records, RELATIVE: pairwise}
     if released:
         by_kind |= {PAPER_OPEN: open_records, PAPER_RELATIVE: pairwise}
@@ -207,17 +205,17 @@ def _records_by_kind(records: Sequence[Record], released: bool) -> dict[str, lis
 
 
 def _work(
-    judge: llm_judge.Judge, records: Sequence[Record], judgments: Mapping, released: bool
-) -> dict[str, list[tuple[Record, str]]]:
+    judge: llm_judge.Judge, records: Sequence[EvalRecord], judgments: Mapping, released: bool
+) -> dict[str, list[tuple[EvalRecord, str]]]:
     """Return kind -> (record, hash of its case) of all records that have no votes yet."""
-    work: dict[str, list[tuple[Record, str]]] = {}
+    work: dict[str, list[tuple[EvalRecord, str]]] = {}
     for kind, kind_records in _records_by_kind(records, released).items():
         for number, record in enumerate(kind_records, start=1):
             case = _hash(kind, record)
-            row = judgments.get((record["id"], kind, judge.fingerprint))
+            row = judgments.get((record.id, kind, judge.fingerprint))
             if row is not None and row["case"] != case:
-                credentialed = per_record.is_credentialed(record)
-                name = f"answer number {number}" if credentialed else f"item {record['id']}"
+                credentialed = is_credentialed(record)
+                name = f"answer number {number}" if credentialed else f"item {record.id}"
                 raise llm_judge.JudgeError(
                     f"{name}: {kind} was judged on another answer or question; use a new workdir, "
                     f"or remove {per_record.JUDGMENTS}"
@@ -227,7 +225,7 @@ def _work(
     return work
 
 
-def _hash(kind: str, record: Record) -> str:
+def _hash(kind: str, record: EvalRecord) -> str:
     if kind in KINDS:
         content: Any = dataclasses.asdict(judge_case(record))
     else:
@@ -257,19 +255,19 @@ def _paper(judge, budget, kind, work, cache, stopped) -> Iterator[dict[str, Any]
     ):
         replies[request.id] = reply
     for record, case in work:
-        reply = replies.get(record["id"], TransientError(llm_judge.NOT_REQUESTED))
+        reply = replies.get(record.id, TransientError(llm_judge.NOT_REQUESTED))
         why = getattr(reply, "problem", str(reply))
         votes = [reply.text] if isinstance(reply, Reply) and not why else []
         yield _line(judge, record, kind, votes, [why] if why else [], case)
 
 
 def _paper_requests(
-    judge: llm_judge.Judge, records: Sequence[Record]
+    judge: llm_judge.Judge, records: Sequence[EvalRecord]
 ) -> Iterator[cached_chat_api.ChatRequest]:
     for record in records:
-        messages = paper_messages(record, str(record.get("model") or "model"))
+        messages = paper_messages(record, record.model or "model")
         yield cached_chat_api.ChatRequest(
-            id=record["id"], messages=messages, data_class=record["data_class"]
+            id=record.id, messages=messages, data_class=record.data_class
         )
 
 
@@ -285,9 +283,7 @@ def _own_temperature(endpoint: Endpoint) -> Endpoint:
 
 
 def _line(judge: llm_judge.Judge, record, kind, votes, why, case) -> dict[str, Any]:
-    return dict(
-        id=record["id"], kind=kind, votes=votes, why=why, judge=judge.fingerprint, case=case
-    )
+    return dict(id=record.id, kind=kind, votes=votes, why=why, judge=judge.fingerprint, case=case)
 
 
 def _price(

@@ -23,8 +23,8 @@ import numpy as np
 from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import strict, text
 from medmax_jax.eval.pipeline import inference
+from medmax_jax.eval.records import Item, item_name
 from medmax_jax.eval.stats import calibration, intervals
-from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.io.journal import open_journal
 from medmax_jax.io.progress import SECONDS, ItemProgress, report_waiting
 
@@ -35,14 +35,14 @@ STEPS = 10  # coverages of a curve: 0.1, 0.2 .. 1
 ABSENT = "n/a: this model has no method score_options"
 
 
-def parse_options(item: task_items.Item) -> list[str]:
+def parse_options(item: Item) -> list[str]:
     """Return ["yes", "no"], or the letters a question lists; [] where they cannot be read."""
     if item.family == "vqa_closed":
         return ["yes", "no"]
     return list(text.options(item.prompt)) if item.family == "vqa_mcq" else []
 
 
-def correct_option(item: task_items.Item) -> int | None:
+def correct_option(item: Item) -> int | None:
     """Return the index of the correct option; None where the row's answer is not an option."""
     options, answer = (
         parse_options(item),
@@ -53,7 +53,7 @@ def correct_option(item: task_items.Item) -> int | None:
 
 def score(
     model: Any,
-    items: Sequence[task_items.Item],
+    items: Sequence[Item],
     *,
     mode: str,
     prompt: str,
@@ -77,7 +77,7 @@ def score(
             line = lines_by_id.get(item.id)
             if line is not None and (line["prompt"], line["image"]) != (item.prompt, item.image):
                 raise EvalError(
-                    f"{out}: item {task_items.item_name(item, number)} differs from the item that "
+                    f"{out}: item {item_name(item, number)} differs from the item that "
                     "was scored before; use a new workdir"
                 )
         todo = [item for item in with_options if item.id not in lines_by_id]
@@ -138,7 +138,7 @@ def summary(
     return dict(reason="", rows=rows, left_out=left_out, bins=bins, curves=curves)
 
 
-def _line(model: Any, item: task_items.Item, log_likelihoods: Sequence[float]) -> dict[str, Any]:
+def _line(model: Any, item: Item, log_likelihoods: Sequence[float]) -> dict[str, Any]:
     return dict(
         id=item.id,
         task=item.task,

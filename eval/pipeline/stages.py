@@ -36,7 +36,9 @@ from medmax_jax.eval.pipeline import (
     judging,
     option_likelihoods,
 )
+from medmax_jax.eval.records import EvalRecord, Item, is_credentialed, item_name
 from medmax_jax.eval.reporting import page
+from medmax_jax.eval.results import Summary, write_summary
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes
@@ -82,12 +84,12 @@ class EvalRun:
 
     def run_items(
         self,
-        items: Sequence[task_items.Item],
+        items: Sequence[Item],
         name: str,
         *,
         folder: Path | None = None,
         classify_modality: ModalityClassifier | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[EvalRecord]:
         """Return the records of items, in WORKDIR/NAME.jsonl, run with the settings."""
         return inference.run_items(
             self.loaded.model,
@@ -115,8 +117,8 @@ def run(
     dry_run: bool = False,
     progress: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, Any] | None:
-    """Run the complete evaluation and return the content of summary.json.
+) -> Summary | None:
+    """Run the complete evaluation and return its summary.
 
     Returns None after one shard or a dry run, and on all but the first of several hosts: each runs
     the model on its shard with its own devices, and the first one scores all of them.
@@ -193,7 +195,7 @@ def run_named(
     dry_run: bool = False,
     progress: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, Any] | None:
+) -> Summary | None:
     """Run an evaluation of given items and a given model; see `run`.
 
     `work` is one that `open_workdir` opened. `load` is called once everything is checked and
@@ -216,9 +218,7 @@ def run_named(
 
 def _file_modes(eval_set: EvalSet) -> contextlib.AbstractContextManager[None]:
     return (
-        private_umask()
-        if any(map(task_items.is_credentialed, eval_set.items))
-        else contextlib.nullcontext()
+        private_umask() if any(map(is_credentialed, eval_set.items)) else contextlib.nullcontext()
     )
 
 
@@ -233,7 +233,7 @@ def _run_named(
     dry_run: bool,
     progress: Callable[[str], None],
     stopped: Callable[[], bool],
-) -> dict[str, Any] | None:
+) -> Summary | None:
     check_images(eval_set)
     check_prompts(eval_set)
     check_later_stages(settings, eval_set, spec)
@@ -268,7 +268,7 @@ def _run_named(
         run.loaded.close()
 
 
-def _stages(run: EvalRun) -> dict[str, Any] | None:
+def _stages(run: EvalRun) -> Summary | None:
     records = run_inference(run)
     probed = run_probes(run)
     if run.hosts:
@@ -314,7 +314,7 @@ def check_workdir(
         "items": hashlib.sha256(items.encode()).hexdigest(),
     }
     path = workdir / "run.json"
-    if write and any(map(task_items.is_credentialed, eval_set.items)):
+    if write and any(map(is_credentialed, eval_set.items)):
         os.chmod(workdir, 0o700)  # it may have existed
     if path.exists():
         for name, value in _run_facts(path).items():
@@ -348,9 +348,9 @@ def _run_facts(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _digest_fields(item: task_items.Item) -> dict[str, Any]:
+def _digest_fields(item: Item) -> dict[str, Any]:
     """Return the fields of an item under the names that digests of items have always used."""
-    fields = task_items.item_fields(item)
+    fields = item.item_fields()
     return fields | {"kind": fields.pop("modality")}
 
 
@@ -359,7 +359,7 @@ def check_prompts(eval_set: EvalSet) -> None:
     for number, item in enumerate(eval_set.items, start=1):
         if requests.names_image(item.prompt, Path(eval_set.folder)):
             raise EvalError(
-                f"item {task_items.item_name(item, number)}: field 'prompt' is the path of an "
+                f"item {item_name(item, number)}: field 'prompt' is the path of an "
                 "image; write the path in 'image_path' and the question in 'prompt'"
             )
 
@@ -383,7 +383,7 @@ def check_later_stages(settings: Settings, eval_set: EvalSet, spec: loading.Mode
         open_records(settings.train_records)
 
 
-def run_inference(run: EvalRun) -> list[dict[str, Any]]:
+def run_inference(run: EvalRun) -> list[EvalRecord]:
     """Return the records of every item that the model can answer, each run once."""
     with report_waiting("encoding the training images, for the modalities", run.progress):
         classify = run.loaded.modality_classifier()
@@ -391,7 +391,7 @@ def run_inference(run: EvalRun) -> list[dict[str, Any]]:
     return run.run_items(items, "records", classify_modality=classify)
 
 
-def run_probes(run: EvalRun) -> dict[str, list[dict[str, Any]]]:
+def run_probes(run: EvalRun) -> dict[str, list[EvalRecord]]:
     """Return probe -> records of the same items in modified form.
 
     Answers that were recorded elsewhere have no probes.
@@ -426,7 +426,7 @@ def score_options(run: EvalRun) -> list[dict[str, Any]] | None:
     )
 
 
-def run_judge(run: EvalRun, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+def run_judge(run: EvalRun, records: list[EvalRecord]) -> dict[str, Any] | None:
     """Write judgments.jsonl and return the judge's summary; None without a judge."""
     settings = run.settings.judge
     if not settings.endpoint:
@@ -441,7 +441,7 @@ def run_judge(run: EvalRun, records: list[dict[str, Any]]) -> dict[str, Any] | N
     )
 
 
-def run_image_scoring(run: EvalRun, records: list[dict[str, Any]], probed) -> list[dict[str, Any]]:
+def run_image_scoring(run: EvalRun, records: list[EvalRecord], probed) -> list[dict[str, Any]]:
     """Write image_scores.jsonl, also for probe captions; return the scores of complete image sets.
 
     Without scorers nothing is written.
@@ -481,41 +481,39 @@ def run_contamination_check(run: EvalRun) -> dict[str, Any] | None:
 
 def build_summary(
     run: EvalRun, records, probed, option_lines, judge, image_sets, compared
-) -> dict[str, Any]:
-    """Return the content of summary.json: scores, baselines and provenance."""
+) -> Summary:
+    """Write summary.json: scores, baselines and provenance."""
     spec, mode, resampling = run.loaded.spec, run.settings.mode, run.resampling
     inputs = per_record.read(run.workdir, judge=judge["judge"] if judge else None)
     scores = aggregate.summary(records, inputs, mode=mode, resampling=resampling)
     baseline_scores = baselines.baseline_scores(
         run.settings.baselines, run.eval_set.items, records, mode=mode, resampling=resampling
     )
-    baselines.attach_baselines(scores, baseline_scores)
-    summary = {
-        "model": spec.where,
-        "adapter": spec.adapter,
-        "kind": spec.kind,
-        "fingerprints": run.facts | {"settings": fingerprint(run.settings)},
-        "environment": environment(devices=jax.devices() if spec.kind in loading.LOCAL else ()),
-        "settings": to_dict(run.settings),
-        "scores": scores,
-        "floors": baseline_scores,
-        "baselines": _comparisons(run, records, probed),
-        "not_run": not_run(run),
-        "judge": judge,
-        "not_judged": aggregate.not_judged(records, inputs),
-        "not_scored": aggregate.not_scored(records, inputs),
-        "scorers": inputs.scorers,
-        # Verbatim: part of the data.
-        "picture_sets": image_sets,
-        "probes": probe_summary(run, records, probed, inputs),
-        "calibration": calibration_summary(run, option_lines),
-        "contamination": contamination_summary(run, records, inputs, compared),
-        "errors": sum(bool(record.get("error")) for record in records),
-        "modality_ceiling": run.loaded.real_image_accuracy(resampling),
-        "history": inference.totals(run.workdir),
-        "spent": run.loaded.usage(),
-    }
-    journal.write_json(run.workdir / "summary.json", summary)
+    summary = Summary(
+        model=spec.where,
+        adapter=spec.adapter,
+        kind=spec.kind,
+        fingerprints=run.facts | {"settings": fingerprint(run.settings)},
+        environment=environment(devices=jax.devices() if spec.kind in loading.LOCAL else ()),
+        settings=to_dict(run.settings),
+        scores=tuple(baselines.with_baselines(scores, baseline_scores)),
+        floors=tuple(baseline_scores),
+        baselines=tuple(_comparisons(run, records, probed)),
+        not_run=tuple(not_run(run)),
+        judge=judge,
+        not_judged=tuple(aggregate.not_judged(records, inputs)),
+        not_scored=tuple(aggregate.not_scored(records, inputs)),
+        scorers=inputs.scorers,
+        image_sets=tuple(image_sets),
+        probes=probe_summary(run, records, probed, inputs),
+        calibration=calibration_summary(run, option_lines),
+        contamination=contamination_summary(run, records, inputs, compared),
+        errors=sum(bool(record.error) for record in records),
+        modality_ceiling=run.loaded.real_image_accuracy(resampling),
+        history=inference.totals(run.workdir),
+        spent=run.loaded.usage(),
+    )
+    write_summary(run.workdir, summary)
     return summary
 
 
@@ -567,13 +565,13 @@ def not_run(run: EvalRun) -> list[dict[str, str]]:
     ]
 
 
-def write_report(run: EvalRun, summary: dict[str, Any], records: list[dict[str, Any]]) -> None:
+def write_report(run: EvalRun, summary: Summary, records: list[EvalRecord]) -> None:
     """Write report.html."""
     page.write(run.workdir / "report.html", summary, records, images_folder=run.eval_set.folder)
 
 
 def _comparisons(run: EvalRun, records, probed) -> list[dict[str, Any]]:
-    text_records = [r for r in records if r["family"] in ("vqa_closed", "vqa_mcq", "vqa_open")]
+    text_records = [r for r in records if r.family in ("vqa_closed", "vqa_mcq", "vqa_open")]
     comparisons = []
     if run.eval_set.train and text_records and "blind" in run.settings.baselines:
         answers = baselines.blind(run.eval_set.train, run.eval_set.items)

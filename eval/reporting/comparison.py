@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmax_jax.eval.config import RECORD
 from medmax_jax.eval.metrics import aggregate, per_record
+from medmax_jax.eval.records import EvalRecord, is_credentialed, read_records
 from medmax_jax.eval.reporting import curves, definitions, tables
 from medmax_jax.eval.stats import intervals, paired_tests
-from medmax_jax.io import charts, html_page, journal
+from medmax_jax.io import charts, html_page
 
 LOWER_IS_BETTER = ("unparsed",)
 INCONCLUSIVE = "inconclusive"
@@ -57,7 +57,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluation:
-    records: dict[str, dict[str, Any]]
+    records: dict[str, EvalRecord]
     inputs: per_record.ScoringInputs
 
 
@@ -215,22 +215,20 @@ def _without(scores: Mapping, prefixes: Mapping[str, str]) -> dict:
     return {key: side for key, side in scores.items() if not key[1].startswith(tuple(prefixes))}
 
 
-def _records(folder: Path) -> dict[str, dict[str, Any]]:
+def _records(folder: Path) -> dict[str, EvalRecord]:
     path = folder / "records.jsonl"
     if not path.exists():
         raise ComparisonError(f"{path} is missing; name a workdir that eval.run wrote")
     per_record.check_names(folder.glob("*.jsonl"))
-    return {record["id"]: record for record in journal.read_jsonl(path, RECORD)}
+    return {record.id: record for record in read_records(path)}
 
 
-def _check_same(first_record: Mapping[str, Any], second_record: Mapping[str, Any]) -> None:
-    credentialed = per_record.is_credentialed(first_record) or per_record.is_credentialed(
-        second_record
-    )
+def _check_same(first_record: EvalRecord, second_record: EvalRecord) -> None:
+    credentialed = is_credentialed(first_record) or is_credentialed(second_record)
     for name in ITEM_FIELDS:
-        first, second = first_record.get(name), second_record.get(name)
+        first, second = getattr(first_record, name), getattr(second_record, name)
         if first != second:
-            difference = f"item {first_record['id']}: {name} is {first!r} and {second!r}"
+            difference = f"item {first_record.id}: {name} is {first!r} and {second!r}"
             if credentialed:
                 difference = f"{name} of a credentialed item differs"
             raise ComparisonError(f"{difference}; evaluate both on the same items")
@@ -281,7 +279,7 @@ def _differences(first: Mapping, second: Mapping) -> tuple[list[float], list[str
 
 
 def _left_out(sides: Sequence[_Evaluation], shared: Sequence[str], first, second) -> list[str]:
-    tasks = [{r["task"] for r in side.records.values()} for side in sides]
+    tasks = [{r.task for r in side.records.values()} for side in sides]
     lines = []
     for name, own, other in (("first", *tasks), ("second", *reversed(tasks))):
         lines += [f"{task}: not run by the {name}" for task in sorted(other - own)]

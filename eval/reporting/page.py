@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax.eval.metrics import aggregate, per_record
+from medmax_jax.eval.records import EvalRecord, is_credentialed
 from medmax_jax.eval.reporting import curves, definitions, item_browser, tables, verdict
 from medmax_jax.eval.reporting.tables import Values
+from medmax_jax.eval.results import Summary
 from medmax_jax.eval.stats import intervals
 from medmax_jax.io import html_page, journal
 from medmax_jax.models import image_headers, images
@@ -27,8 +29,7 @@ SEED, RESAMPLES = 0, 2_000  # of slices, for a summary without these settings
 CREDENTIALED = (
     "Some of these items are credentialed: store this page only where the items may be stored."
 )
-# Verbatim: part of the data.
-IMAGE_SETS = "picture_sets"  # key of summary.json
+IMAGE_SETS = "image_sets"
 NOTES = (
     "Intervals are 95 % intervals over groups (patients or volumes), so several questions about "
     "one patient do not count as several patients: Wilson's, of the effective number of items that "
@@ -57,7 +58,7 @@ SECTION_NOTES = {  # notes on a section's rows
 COLUMN_NAMES = {  # section -> column of the summary -> as shown
     "probes": {"before": "original", "after": "modified", "diff": "modified minus original"},
 }
-SECTIONS = (  # keys of the summary that hold rows, or {"reason", "rows"}, shown unchanged
+SECTIONS = (  # fields of the summary that hold rows, or {"reason", "rows"}, shown unchanged
     ("probes", "Probes: the same questions in modified form"),
     ("calibration", "Options by likelihood, and calibration"),
     ("contamination", "Contamination: the clean and the contaminated part"),
@@ -79,8 +80,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def write(
     path: str | Path,
-    summary: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
+    summary: Summary,
+    records: Sequence[EvalRecord],
     *,
     images_folder: str | Path,
 ) -> None:
@@ -96,35 +97,35 @@ def write(
     if result := verdict.render(summary):
         body += html_page.section("Result", result)
     body += _scores(summary) + _published(summary)
-    for baseline in summary["baselines"]:
+    for baseline in summary.baselines:
         names = {"before": baseline["name"], "after": "the model", "diff": "model minus baseline"}
         rows = tables.rename_columns(tables.merge_interval_columns(baseline["scores"]), names)
         body += html_page.section(
             f"Compared with: {baseline['name']}",
             html_page.paragraph(f"{baseline['says']}.") + rows_table(rows),
         )
-    if accuracy := summary["modality_ceiling"]:
+    if accuracy := summary.modality_ceiling:
         accuracy_table = rows_table(tables.merge_interval_columns([accuracy]))
         body += html_page.section("Upper bound of modality_match", accuracy_table)
     body += "".join(_section(summary, key, title) for key, title in SECTIONS)
     body += _slices(summary, records, values) + _failures(summary, records, values)
     if missing := tables.not_run(summary, records):
         body += html_page.section("Tasks not run, or without a score", rows_table(missing))
-    for task in dict.fromkeys(record["task"] for record in records):
-        task_records = [record for record in records if record["task"] == task]
+    for task in dict.fromkeys(record.task for record in records):
+        task_records = [record for record in records if record.task == task]
         body += html_page.section(
             f"Examples: {task}", examples(task_records, path.parent, Path(images_folder))
         )
     notes = "".join(html_page.paragraph(note) for note in NOTES)
     body += html_page.section("Notes", notes + _definitions(summary))
-    credentialed = any(map(per_record.is_credentialed, records))
+    credentialed = any(map(is_credentialed, records))
     if credentialed:
         head += html_page.paragraph(CREDENTIALED)
     with private_umask() if credentialed else contextlib.nullcontext():
         item_browser.write(
             path.parent, summary, records, inputs, images_folder=Path(images_folder), head=head
         )
-        title = f"Evaluation of {summary['model']}"
+        title = f"Evaluation of {summary.model}"
         journal.write_text(path, html_page.document(title, head + body))
 
 
@@ -140,17 +141,17 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def examples(records: Sequence[Mapping[str, Any]], workdir: Path, images_folder: Path) -> str:
+def examples(records: Sequence[EvalRecord], workdir: Path, images_folder: Path) -> str:
     """Return the first items of different groups: image, question, reference, answer."""
-    first = {record["group"]: record for record in reversed(records)}
+    first = {record.group: record for record in reversed(records)}
     chosen = list(first.values())[::-1][:EXAMPLES]
-    rows = [[r["id"], r["prompt"], r["answer"], r["text"]] for r in chosen]
+    rows = [[r.id, r.prompt, r.answer, r.text] for r in chosen]
     figures, problems = [], []
     for record in chosen:
         record_figures, record_problems = _images(record, workdir, images_folder)
         figures.append(record_figures)
         problems += record_problems
-    if not any(record["images"] for record in chosen):  # no pairs to keep in one row
+    if not any(record.generated for record in chosen):  # no pairs to keep in one row
         figures = [[figure for record_figures in figures for figure in record_figures]]
     body = html_page.table(["id", "prompt", "reference", "answer"], rows)
     body += "".join(html_page.paragraph(problem, note=True) for problem in problems)
@@ -162,13 +163,13 @@ def examples(records: Sequence[Mapping[str, Any]], workdir: Path, images_folder:
 
 
 def _images(
-    record: Mapping[str, Any], workdir: Path, images_folder: Path
+    record: EvalRecord, workdir: Path, images_folder: Path
 ) -> tuple[list[tuple[bytes, str, str]], list[str]]:
     """Return (PNG, caption, link) of a record's images, and the errors of those without one."""
     figures, problems = [], []
-    label = "an image of a credentialed item" if per_record.is_credentialed(record) else ""
+    label = "an image of a credentialed item" if is_credentialed(record) else ""
     for file, role in item_browser.image_files(record, workdir, images_folder):
-        caption = f"{record['id']}: {role}"
+        caption = f"{record.id}: {role}"
         try:
             target = "" if label else item_browser.link(file, workdir)
             figures.append((png(file, label), caption, target))
@@ -184,33 +185,32 @@ def png(path: Path, label: str = "") -> bytes:
     return html_page.png(small)
 
 
-def provenance(summary: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(summary: Summary) -> dict[str, Any]:
     """Return the facts below the title of a page: what was evaluated, on which data, by what."""
-    settings = summary.get("settings", {})
+    settings = summary.settings
     facts = {
-        "model": summary["model"],
-        "adapter": summary["adapter"],
+        "model": summary.model,
+        "adapter": summary.adapter,
         "data": _as_text(settings.get("questions")),
         "split": settings.get("split"),
-        "digest": summary.get("fingerprints", {}).get("data"),
+        "digest": summary.fingerprints.get("data"),
         "generation": settings.get("mode"),
         "prompts": settings.get("prompt"),
         "seed": settings.get("seed"),
     }
-    return facts | summary.get("environment", {})
+    return facts | summary.environment
 
 
-def _definitions(summary: Mapping[str, Any]) -> str:
+def _definitions(summary: Summary) -> str:
     """Return the definitions of metrics and columns as a table that can be opened."""
-    names = {row["metric"] for row in summary["scores"]}
+    names = {row.metric for row in summary.scores}
     terms = html_page.table(["", ""], list(definitions.of_table(names).items()))
     return html_page.details("Definitions of the columns and metrics", terms)
 
 
-def _judge(summary: Mapping[str, Any]) -> str | None:
+def _judge(summary: Summary) -> str | None:
     """Return the fingerprint of the verdicts that the summary counts; None: the last judge."""
-    judge = summary.get("judge")
-    return judge.get("judge") if isinstance(judge, Mapping) else None
+    return summary.judge.get("judge") if summary.judge else None
 
 
 def _as_text(value: Any) -> str:
@@ -222,12 +222,13 @@ def _as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _scores(summary: Mapping[str, Any]) -> str:
+def _scores(summary: Summary) -> str:
     body = rows_table(tables.main_table(summary))
-    if unjudged := summary.get("not_judged"):
-        note = f"Not judged, so these have text metrics only: {', '.join(unjudged)}."
+    if summary.not_judged:
+        names = ", ".join(summary.not_judged)
+        note = f"Not judged, so these have text metrics only: {names}."
         body += html_page.paragraph(note, note=True)
-    judge, scorers = _as_text(summary.get("judge")), _as_text(summary.get("scorers"))
+    judge, scorers = _as_text(summary.judge), _as_text(summary.scorers)
     for note in (
         f"Judge: {judge or 'none; open answers have text metrics only'}.",
         f"Scorer of images: {scorers or 'none, so there is no BiomedCLIPScore'}.",
@@ -235,7 +236,7 @@ def _scores(summary: Mapping[str, Any]) -> str:
         body += html_page.paragraph(note, note=True)
     body = html_page.section("Scores", body)
     if rows := tables.baseline_table(summary):
-        lines = [f"{baseline['name']}: {baseline['says']}." for baseline in summary["floors"]]
+        lines = [f"{floor.name}: {floor.says}." for floor in summary.floors]
         notes = "".join(html_page.paragraph(line, note=True) for line in lines)
         body += html_page.section("Baselines", rows_table(rows) + notes)
     if others := tables.other_metrics(summary):
@@ -243,7 +244,7 @@ def _scores(summary: Mapping[str, Any]) -> str:
     return body
 
 
-def _published(summary: Mapping[str, Any]) -> str:
+def _published(summary: Summary) -> str:
     body = ""
     for kind, rows, differs in tables.published(summary):
         body += html_page.table(
@@ -257,7 +258,7 @@ def _published(summary: Mapping[str, Any]) -> str:
         )
     if not body:
         return ""
-    mode = summary.get("settings", {}).get("mode", "")
+    mode = summary.settings.get("mode", "")
     body += html_page.paragraph(
         f"Generated here in {mode or 'an unknown'} mode. Numbers can be compared only where "
         "decoding, rows and scoring are the same; “as released” uses the scoring of the MedMax "
@@ -274,8 +275,8 @@ def _rounded(cell: Any, kind: str) -> Any:
     return f"{cell:.2f}" if "cosine" in kind else f"{cell:.1f}"
 
 
-def _section(summary: Mapping[str, Any], key: str, title: str) -> str:
-    content = summary.get(key)
+def _section(summary: Summary, key: str, title: str) -> str:
+    content = getattr(summary, key)
     if not content:
         return ""
     reason = content.get("reason", "") if isinstance(content, Mapping) else ""
@@ -302,8 +303,8 @@ def _tables(key: str, rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[st
     return [[row for row in kept if row["metric"] == metric] for metric in metrics]
 
 
-def _slices(summary, records, values: Values) -> str:
-    settings = summary.get("settings", {})
+def _slices(summary: Summary, records: Sequence[EvalRecord], values: Values) -> str:
+    settings = summary.settings
     resampling = intervals.Resampling(
         settings.get("seed", SEED), settings.get("resamples", RESAMPLES)
     )
@@ -317,7 +318,7 @@ def _slices(summary, records, values: Values) -> str:
     return html_page.section("By slice", body)
 
 
-def _failures(summary, records, values: Values) -> str:
+def _failures(summary: Summary, records: Sequence[EvalRecord], values: Values) -> str:
     if not records:
         return ""
     body = rows_table(tables.failures(records, values, summary))

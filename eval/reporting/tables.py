@@ -1,6 +1,6 @@
 """Builds the tables of the page: headlines, published scores, slices and failures.
 
-summary["scores"]  rows of a task and metric  ->  one row per task, its headline metric
+summary.scores     rows of a task and metric  ->  one row per task, its headline metric
 records            items and answers          ->  rows by slice; wrong, unread and failed ones
 """
 
@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from medmax_jax.eval.metrics import per_record, strict
+from medmax_jax.eval.records import EvalRecord
+from medmax_jax.eval.results import MetricRow, Summary
 from medmax_jax.eval.stats import intervals
 from medmax_jax.eval.tasks import catalog
 
-Row = Mapping[str, Any]
+Row = Mapping[str, Any]  # of a table: column -> value
 Values = Mapping[tuple[str, str], Mapping[str, tuple[str, float]]]  # see aggregate.scores_by_item
 MIN_SLICE_ITEMS = 20  # items of a slice: with fewer the interval is too wide to be useful
 MAX_SLICE_VALUES = 40  # values of a slice's name: with more it names images and not kinds of them
@@ -21,62 +23,61 @@ EXAMPLE_CHARS = 200  # characters of an example
 FEW_MARK = "†"  # of intervals over fewer groups than intervals.FEW
 PERCENT = 100.0
 OURS = {"BiomedCLIP image-image cosine": "clip_image_image"}  # where it is not the headline
-BLIND = "blind"  # the entry of summary["baselines"] that another model answered
+BLIND = "blind"  # the entry of Summary.baselines that another model answered
 CLOSED = ("vqa_closed", "vqa_mcq")
 
 
-def headlines(scores: Sequence[Row]) -> list[Row]:
+def headlines(scores: Sequence[MetricRow]) -> list[MetricRow]:
     """Return the headline row of each task: as marked, else its first."""
-    by_task: dict[str, Row] = {}
+    by_task: dict[str, MetricRow] = {}
     for row in scores:
-        if row.get("headline") or row["task"] not in by_task:
-            by_task[row["task"]] = row
+        if row.headline or row.task not in by_task:
+            by_task[row.task] = row
     return list(by_task.values())
 
 
-def baseline_scores(summary: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+def baseline_scores(summary: Summary) -> dict[tuple[str, str], dict[str, float]]:
     """Return (task, metric) -> name of a baseline -> its score.
 
     Baselines are answers without an image or a model, and those of BLIND.
     """
     by_key: dict[tuple[str, str], dict[str, float]] = {}
-    compared = [entry for entry in summary.get("baselines", ()) if entry["name"] == BLIND]
-    for column, entries in (("value", summary.get("floors", ())), ("before", compared)):
-        for entry in entries:
-            for row in entry["scores"]:
-                by_key.setdefault((row["task"], row["metric"]), {})[entry["name"]] = row[column]
+    for floor in summary.floors:
+        for row in floor.scores:
+            by_key.setdefault((row.task, row.metric), {})[floor.name] = row.value
+    for entry in summary.baselines:
+        for row in entry["scores"] if entry["name"] == BLIND else ():
+            by_key.setdefault((row["task"], row["metric"]), {})[BLIND] = row["before"]
     return by_key
 
 
-def main_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def main_table(summary: Summary) -> list[dict[str, Any]]:
     """Return one row per task; columns that no task has are left out."""
     baselines = baseline_scores(summary)
     rows = [
         {
-            "task": row["task"],
-            "metric": row["metric"],
-            "n": row["n"],
-            "groups": row["groups"],
-            "value": row["value"],
-            "95 % interval": interval(row),
+            "task": row.task,
+            "metric": row.metric,
+            "n": row.n,
+            "groups": row.groups,
+            "value": row.value,
+            "95 % interval": interval(vars(row)),
             "unparsed": format_share(unparsed_share(row)),
-            "at best": row.get("best"),
-            "MDE": row.get("mde"),
-            "as released": row.get("paper"),
-            "best baseline": max(
-                baselines.get((row["task"], row["metric"]), {}).values(), default=None
-            ),
+            "at best": row.best,
+            "MDE": row.mde,
+            "as released": row.paper,
+            "best baseline": max(baselines.get((row.task, row.metric), {}).values(), default=None),
         }
-        for row in headlines(summary["scores"])
+        for row in headlines(summary.scores)
     ]
     return drop_empty_columns(rows)
 
 
-def unparsed_share(row: Row) -> float | None:
+def unparsed_share(row: MetricRow) -> float | None:
     """Return the share of a row's answers that cannot be parsed; None where none are parsed."""
-    if row.get("family") not in CLOSED or not row["n"] or row.get("n_unparsed") is None:
+    if row.family not in CLOSED or not row.n or row.n_unparsed is None:
         return None
-    return row["n_unparsed"] / row["n"]
+    return row.n_unparsed / row.n
 
 
 def format_share(share: float | None) -> str | None:
@@ -84,60 +85,56 @@ def format_share(share: float | None) -> str | None:
     return None if share is None else f"{100 * share:.1f}%"
 
 
-def baseline_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def baseline_table(summary: Summary) -> list[dict[str, Any]]:
     """Return task by baseline, of the tasks that have a score of one."""
     baselines = baseline_scores(summary)
-    heads = [
-        row for row in headlines(summary["scores"]) if (row["task"], row["metric"]) in baselines
-    ]
-    names = dict.fromkeys(name for row in heads for name in baselines[row["task"], row["metric"]])
+    heads = [row for row in headlines(summary.scores) if (row.task, row.metric) in baselines]
+    names = dict.fromkeys(name for row in heads for name in baselines[row.task, row.metric])
     return [
-        {"task": row["task"], "metric": row["metric"], "the model": row["value"]}
-        | {name: baselines[row["task"], row["metric"]].get(name) for name in names}
+        {"task": row.task, "metric": row.metric, "the model": row.value}
+        | {name: baselines[row.task, row.metric].get(name) for name in names}
         for row in heads
     ]
 
 
-def other_metrics(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def other_metrics(summary: Summary) -> list[dict[str, Any]]:
     """Return the rows of all other metrics."""
-    first = {(row["task"], row["metric"]) for row in headlines(summary["scores"])}
-    rows = [row for row in summary["scores"] if (row["task"], row["metric"]) not in first]
+    first = {(row.task, row.metric) for row in headlines(summary.scores)}
+    rows = [row for row in summary.scores if (row.task, row.metric) not in first]
     return drop_empty_columns(
         [
             {
-                "task": row["task"],
-                "metric": row["metric"],
-                "n": row["n"],
-                "value": row["value"],
-                "95 % interval": interval(row),
-                "as released": row.get("paper"),
+                "task": row.task,
+                "metric": row.metric,
+                "n": row.n,
+                "value": row.value,
+                "95 % interval": interval(vars(row)),
+                "as released": row.paper,
             }
             for row in rows
         ]
     )
 
 
-def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
+def published(summary: Summary) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
     """Return (metric, rows, differences) for the tasks that have published scores.
 
     The metric is the published one, and the rows have the scores of both.
     """
     tables_by_metric: dict[str, list[dict[str, Any]]] = {}
     families: dict[str, list[str]] = {}
-    for head in headlines(summary["scores"]) if is_suite(summary) else ():
-        spec = catalog.task_spec(head["task"], head.get("family", ""))
+    for head in headlines(summary.scores) if is_suite(summary) else ():
+        spec = catalog.task_spec(head.task, head.family)
         for metric_name in dict.fromkeys(p.metric for p in spec.published) if spec else ():
             metric = OURS.get(metric_name, spec.metric)
-            matching = [
-                r for r in summary["scores"] if (r["task"], r["metric"]) == (head["task"], metric)
-            ]
+            matching = [r for r in summary.scores if (r.task, r.metric) == (head.task, metric)]
             row = matching[0] if matching else None
             scale = 1.0 if "cosine" in metric_name else PERCENT
-            released = row.get("paper") if row else None
+            released = row.paper if row else None
             cells = {
-                "task": head["task"],
-                "here": format_metric(row["value"], scale) if row else None,
-                "95 % interval": interval(row, scale) if row else None,
+                "task": head.task,
+                "here": format_metric(row.value, scale) if row else None,
+                "95 % interval": interval(vars(row), scale) if row else None,
                 "as released": None if released is None else format_metric(released, scale),
             }
             cells |= {p.model: p.value for p in spec.published if p.metric == metric_name}
@@ -149,19 +146,19 @@ def published(summary: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]
     ]
 
 
-def is_suite(summary: Mapping[str, Any]) -> bool:
+def is_suite(summary: Summary) -> bool:
     """Return whether the items are of the suite, not of the embedded sample."""
-    return list(summary["settings"]["questions"]) != ["sample"]
+    return list(summary.settings["questions"]) != ["sample"]
 
 
-def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str, Any]]:
+def not_run(summary: Summary, records: Sequence[EvalRecord]) -> list[dict[str, Any]]:
     """Return the tasks of the suite that have no score here, and why."""
-    scored_tasks = {row["task"] for row in summary["scores"]}
-    reasons = {entry["task"]: entry["why"] for entry in summary.get("not_run", ())}
+    scored_tasks = {row.task for row in summary.scores}
+    reasons = {entry["task"]: entry["why"] for entry in summary.not_run}
     if is_suite(summary):
         absent = dict.fromkeys(catalog.TASKS, "the evaluation has no items of it")
         reasons = absent | reasons
-    answered = dict.fromkeys(record["task"] for record in records)
+    answered = dict.fromkeys(record.task for record in records)
     reasons |= dict.fromkeys(answered, "answered, but not scored; see config.scorers")
     return [
         {
@@ -175,22 +172,22 @@ def not_run(summary: Mapping[str, Any], records: Sequence[Row]) -> list[dict[str
 
 
 def slices(
-    records: Sequence[Row],
+    records: Sequence[EvalRecord],
     values: Values,
-    summary: Mapping[str, Any],
+    summary: Summary,
     *,
     resampling: intervals.Resampling,
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the headline metric by slice, and how many slices have too few items."""
-    metric = {row["task"]: row["metric"] for row in headlines(summary["scores"])}
+    metric = {row.task: row.metric for row in headlines(summary.scores)}
     by_slice: dict[tuple[str, str], dict[str, list[tuple[str, float]]]] = {}
     for record in records:
-        values_by_id = values.get((record["task"], metric.get(record["task"], "")), {})
-        if record["id"] not in values_by_id:
+        values_by_id = values.get((record.task, metric.get(record.task, "")), {})
+        if record.id not in values_by_id:
             continue
         for name, value in record_slices(record):
-            by_value = by_slice.setdefault((record["task"], name), {})
-            by_value.setdefault(value, []).append(values_by_id[record["id"]])
+            by_value = by_slice.setdefault((record.task, name), {})
+            by_value.setdefault(value, []).append(values_by_id[record.id])
     rows, few = [], 0
     for (task, name), by_value in by_slice.items():
         if len(by_value) < 2 or len(by_value) > MAX_SLICE_VALUES:
@@ -217,31 +214,33 @@ def slices(
     return rows, few
 
 
-def record_slices(record: Row) -> list[tuple[str, str]]:
+def record_slices(record: EvalRecord) -> list[tuple[str, str]]:
     """Return (name, value) of a record's slices; the modality of embedded images is one."""
-    parts = [(str(name), str(value)) for name, value in record.get("slices", ())]
-    if record.get("modality") and not any(name == "modality" for name, _ in parts):
-        parts.append(("modality", str(record["modality"])))
+    parts = list(record.slices)
+    if record.modality and not any(name == "modality" for name, _ in parts):
+        parts.append(("modality", record.modality))
     return parts
 
 
-def failures(records: Sequence[Row], values: Values, summary: Mapping[str, Any]) -> list[dict]:
+def failures(
+    records: Sequence[EvalRecord], values: Values, summary: Summary
+) -> list[dict[str, Any]]:
     """Return counts by task of the failures of the answers, by the headline."""
     rows = []
-    for row in headlines(summary["scores"]):
-        task_records = [record for record in records if record["task"] == row["task"]]
+    for row in headlines(summary.scores):
+        task_records = [record for record in records if record.task == row.task]
         if not task_records:
             continue
-        scores = values.get((row["task"], row["metric"]), {})
+        scores = values.get((row.task, row.metric), {})
         counts = collections.Counter(failure(record, scores) for record in task_records)
         rows.append(
             {
-                "task": row["task"],
+                "task": row.task,
                 "items": len(task_records),
                 "answered": len(task_records) - counts["error"],
-                "empty": sum(not r["text"] and not r["images"] for r in task_records),
+                "empty": sum(not r.text and not r.generated for r in task_records),
                 "unparsed": counts["unparsed"],
-                "unscored": row.get("n_unscored") or 0,
+                "unscored": row.n_unscored or 0,
                 "wrong": counts["wrong"],
                 "errors": counts["error"],
             }
@@ -250,14 +249,14 @@ def failures(records: Sequence[Row], values: Values, summary: Mapping[str, Any])
 
 
 def failed_examples(
-    records: Iterable[Row], values: Values, summary: Mapping[str, Any]
+    records: Iterable[EvalRecord], values: Values, summary: Summary
 ) -> list[dict[str, Any]]:
     """Return a few answers of each task and kind of failure."""
-    metric = {row["task"]: row["metric"] for row in headlines(summary["scores"])}
+    metric = {row.task: row.metric for row in headlines(summary.scores)}
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     rows = []
     for record in records:
-        task = record["task"]
+        task = record.task
         kind = failure(record, values.get((task, metric.get(task, "")), {}))
         if not kind or counts[task, kind] == EXAMPLES_PER_KIND:
             continue
@@ -266,23 +265,23 @@ def failed_examples(
             {
                 "task": task,
                 "kind": kind,
-                "id": record["id"],
-                "prompt": truncate(record["prompt"]),
-                "reference": truncate(record["answer"]),
-                "answer": truncate(record.get("error") or record["text"]),
+                "id": record.id,
+                "prompt": truncate(record.prompt),
+                "reference": truncate(record.answer),
+                "answer": truncate(record.error or record.text),
             }
         )
     return sorted(rows, key=lambda row: (row["task"], row["kind"]))
 
 
-def failure(record: Row, scores: Mapping[str, tuple[str, float]]) -> str:
+def failure(record: EvalRecord, scores: Mapping[str, tuple[str, float]]) -> str:
     """Return error, unparsed or wrong; "" for a correct answer, or one scored by degrees."""
-    if record.get("error"):
+    if record.error:
         return "error"
-    if record["family"] in CLOSED:
-        if strict.parse_answer(record["family"], record["text"], record["prompt"]) is None:
+    if record.family in CLOSED:
+        if strict.parse_answer(record.family, record.text, record.prompt) is None:
             return "unparsed"
-    value = scores.get(record["id"], ("", 1.0))[1]
+    value = scores.get(record.id, ("", 1.0))[1]
     return "wrong" if value == 0.0 else ""
 
 

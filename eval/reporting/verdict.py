@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medmax_jax.eval.reporting import curves, tables
+from medmax_jax.eval.results import MetricRow, Summary
 from medmax_jax.io import charts, html_page
 
 ABOVE, BELOW, INCONCLUSIVE = "Above the baseline", "Below the baseline", "Inconclusive"
@@ -33,7 +34,7 @@ class Headline:
     paired: the row of the paired comparison with the blind baseline, if there is one.
     """
 
-    row: Mapping[str, Any]
+    row: MetricRow
     baselines: Mapping[str, float]
     paired: Mapping[str, Any] | None
 
@@ -54,7 +55,7 @@ class Headline:
         if not self.best:
             return NO_BASELINE
         paired = self.paired_with_best
-        ends, limit = (paired, 0.0) if paired else (self.row, self.baselines[self.best])
+        ends, limit = (paired, 0.0) if paired else (vars(self.row), self.baselines[self.best])
         if ends["ci_low"] is not None and ends["ci_low"] > limit:
             return ABOVE
         if ends["ci_high"] is not None and ends["ci_high"] < limit:
@@ -62,19 +63,19 @@ class Headline:
         return INCONCLUSIVE
 
 
-def headlines(summary: Mapping[str, Any]) -> list[Headline]:
+def headlines(summary: Summary) -> list[Headline]:
     """Return the headline of each task with its baselines."""
-    compared = [entry for entry in summary.get("baselines", ()) if entry["name"] == tables.BLIND]
+    compared = [entry for entry in summary.baselines if entry["name"] == tables.BLIND]
     paired = {(r["task"], r["metric"]): r for entry in compared for r in entry["scores"]}
     baselines = tables.baseline_scores(summary)
     return [
         Headline(row=row, baselines=baselines.get(key, {}), paired=paired.get(key))
-        for row in tables.headlines(summary["scores"])
-        for key in [(row["task"], row["metric"])]
+        for row in tables.headlines(summary.scores)
+        for key in [(row.task, row.metric)]
     ]
 
 
-def render(summary: Mapping[str, Any]) -> str:
+def render(summary: Summary) -> str:
     """Return the count of outcomes, a sentence per task, and the chart; "" without scores."""
     heads = headlines(summary)
     if not heads:
@@ -86,17 +87,16 @@ def render(summary: Mapping[str, Any]) -> str:
 def sentence(head: Headline) -> str:
     """Return what was measured, its value with the interval, and the comparison."""
     row = head.row
-    text = f"{row['task']}: {row['metric']} {row['value']:.3f}"
-    text += tables.interval_text(row)
-    text += f", on {_count(row['n'], 'item')} of {_count(row['groups'], 'group')}"
+    text = f"{row.task}: {row.metric} {row.value:.3f}{tables.interval_text(vars(row))}"
+    text += f", on {_count(row.n, 'item')} of {_count(row.groups, 'group')}"
     if (share := tables.unparsed_share(row)) is not None:
         text += f"; {tables.format_share(share)} of the answers are unparsed"
     text += f". {_comparison(head)}" if head.best else "."
-    return text if row["groups"] > 1 else f"{text} A single group has no interval."
+    return text if row.groups > 1 else f"{text} A single group has no interval."
 
 
 def _comparison(head: Headline) -> str:
-    difference = head.row["value"] - head.baselines[head.best]
+    difference = head.row.value - head.baselines[head.best]
     name = f"the baseline “{head.best}” ({head.baselines[head.best]:.3f})"
     paired = head.paired_with_best
     if abs(difference) < SAME:
@@ -140,7 +140,7 @@ def _forest(heads: Sequence[Headline]) -> str:
         marker, color = MARKERS[number % len(MARKERS)], charts.SERIES[1 + number % 7]
         axes.plot(*zip(*points, strict=True), marker, color=color, markersize=5, label=name,
                   fillstyle="none", clip_on=False)  # fmt: skip
-    rows = [head.row for head in heads]
+    rows = [vars(head.row) for head in heads]
     curves.draw_scores(axes, rows, "value", label="the model")
     ends = [0.0, 1.0, *(row["value"] for row in rows)]
     for row in rows:
@@ -154,9 +154,9 @@ def _forest(heads: Sequence[Headline]) -> str:
 
 def _caption(heads: Sequence[Headline]) -> str:
     text = "Scores of each task; further to the right is better."
-    if any(not tables.has_few_groups(head.row) for head in heads):
+    if any(not tables.has_few_groups(vars(head.row)) for head in heads):
         text += " Lines: 95 % intervals over groups."
-    return text + tables.few_groups_note([head.row for head in heads])
+    return text + tables.few_groups_note([vars(head.row) for head in heads])
 
 
 def _count(number: int, noun: str) -> str:

@@ -21,6 +21,7 @@ from medmax_jax import arguments
 from medmax_jax.data.image_tokens.encoder import log
 from medmax_jax.data.records.row_streams import SourceError
 from medmax_jax.data.sources.row import RejectedRow
+from medmax_jax.eval.records import is_credentialed
 from medmax_jax.eval.tasks import benchmark_readers, catalog, items
 from medmax_jax.eval.tasks.benchmark_readers import READERS, YES_NO
 from medmax_jax.storage import hub
@@ -85,7 +86,7 @@ def eval_items(
                     reason = str(error).partition(": ")[2] or str(error)
                     tally.refuse(RejectedRow(where=row["id"], reason=reason))
                     continue
-                if items.is_credentialed(item):  # the folder is not private
+                if is_credentialed(item):  # the folder is not private
                     raise SourceError(f"{name}: {item.task} is credentialed; remove its rows")
                 tally.kept[item.task] += 1
                 file.write(json.dumps(row).encode() + b"\n")

@@ -24,6 +24,7 @@ from medmax_jax.data.sources.vqa import choice_text
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.metrics import strict as metrics_strict
 from medmax_jax.eval.metrics import text as text_metrics
+from medmax_jax.eval.records import Item, is_credentialed
 from medmax_jax.eval.tasks import catalog
 from medmax_jax.io.errors import printable
 from medmax_jax.storage import image_paths
@@ -91,39 +92,6 @@ FACTS = ("body_part", "organ", "view", "plane", "sequence", "stain", "finding")
 SAMPLE = ("sample_vqa", "sample")  # names in the embedded rows: their task is their family
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Item:
-    """Holds one question. `image`: shown, or the reference to generate, of a `modality`.
-
-    task: its row in the tables, as in eval/tasks/catalog.py. slices: (name, value) pairs by which
-    scores are also grouped. context: the description of the image for a judge. data_class: the
-    class that medmax_jax/endpoints/egress.py checks before anything leaves the machine. released:
-    (name, value) of the row that only the release's scoring uses, and the position of its image.
-    further_images: those after the first, of a question about several images.
-    """
-
-    id: str
-    task: str
-    family: str
-    prompt: str
-    answer: str
-    image: str
-    group: str
-    template: str
-    facts: tuple[str, ...]  # facts that a caption should state; () where the rows have none
-    modality: str
-    slices: tuple[tuple[str, str], ...]
-    context: str
-    data_class: str
-    released: tuple[tuple[str, str], ...] = ()
-    further_images: tuple[str, ...] = ()
-
-    @property
-    def images(self) -> tuple[str, ...]:
-        """Return all images, in order; () for a generation task without a reference image."""
-        return (self.image, *self.further_images) if self.image else ()
-
-
 def from_rows(
     rows: Sequence[Mapping[str, Any]],
     manifest: Sequence[Mapping] | None = None,
@@ -156,24 +124,6 @@ def from_rows(
         else item
         for item in items
     ]
-
-
-def is_credentialed(item: Item) -> bool:
-    """Return whether the item must not be repeated or sent to a host that is not listed."""
-    return item.data_class == egress.CREDENTIALED
-
-
-def item_name(item: Item, number: int) -> str:
-    """Return an item's name in messages: its id, or for a credentialed one its number from 1."""
-    return f"number {number}" if is_credentialed(item) else item.id
-
-
-def item_fields(item: Item) -> dict[str, Any]:
-    """Return the fields of an item as stored in records; `further_images` only if present."""
-    fields = dataclasses.asdict(item)
-    if not item.further_images:
-        del fields["further_images"]
-    return fields
 
 
 def prompt_parts(item: Item, folder: Path, prompt: str = "sft") -> tuple[Path | str, ...]:

@@ -31,12 +31,12 @@ from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.metrics.per_record import (
     IMAGE_METRICS,
     NO_INPUTS,
-    Record,
     ScoringInputs,
     answer_text,
 )
+from medmax_jax.eval.records import EvalRecord, Item, is_credentialed
 from medmax_jax.eval.stats import intervals
-from medmax_jax.eval.tasks.items import FAMILIES, Item, TaskError, is_credentialed
+from medmax_jax.eval.tasks.items import FAMILIES, TaskError
 
 NAMES = ("blank", "shuffled", "swapped", "rotated")
 IMAGE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.shows_image)
@@ -198,17 +198,15 @@ def probe_items(
 
 
 def captions_to_score(
-    records: Sequence[Record], probed: Mapping[str, Sequence[Record]]
-) -> dict[str, list[dict[str, Any]]]:
+    records: Sequence[EvalRecord], probed: Mapping[str, Sequence[EvalRecord]]
+) -> dict[str, list[EvalRecord]]:
     """Return probe -> its captions for a scorer: with the true image, not the one shown."""
-    true_images = {
-        record["id"]: record["image"] for record in records if record["family"] in IMAGE_METRICS
-    }
+    true_images = {record.id: record.image for record in records if record.family in IMAGE_METRICS}
     captions = {
         probe: [
-            dict(r) | {"image": true_images[r["id"]]}
+            dataclasses.replace(r, image=true_images[r.id])
             for r in probe_records
-            if r["id"] in true_images
+            if r.id in true_images
         ]
         for probe, probe_records in probed.items()
     }
@@ -216,8 +214,8 @@ def captions_to_score(
 
 
 def summary(
-    records: Sequence[Record],
-    probed: Mapping[str, Sequence[Record]],
+    records: Sequence[EvalRecord],
+    probed: Mapping[str, Sequence[EvalRecord]],
     inputs: ScoringInputs = NO_INPUTS,
     probe_inputs: Mapping[str, ScoringInputs] | None = None,
     *,
@@ -231,11 +229,11 @@ def summary(
     probe's records.
     """
     rows = []
-    before = {record["id"]: record for record in records}
+    before = {record.id: record for record in records}
     for probe, probe_records in probed.items():
         after_inputs = (probe_inputs or {}).get(probe, NO_INPUTS)
         for task, after in aggregate.tasks_of(probe_records).items():
-            pairs = [(before[r["id"]], r) for r in after if r["id"] in before]
+            pairs = [(before[r.id], r) for r in after if r.id in before]
             if pairs:
                 row = _row(pairs, inputs, after_inputs, resampling)
                 rows.append(dict(probe=probe, task=task) | row)
@@ -243,7 +241,7 @@ def summary(
 
 
 def _row(
-    pairs: Sequence[tuple[Record, Record]],
+    pairs: Sequence[tuple[EvalRecord, EvalRecord]],
     inputs: ScoringInputs,
     probe_inputs: ScoringInputs,
     resampling: intervals.Resampling,
@@ -252,7 +250,7 @@ def _row(
     new = [aggregate.record_values(record, probe_inputs) for _, record in pairs]
     metric = next(name for name in old[0] if all(name in values for values in (*old, *new)))
     flips = [float(parsed_answer(first) != parsed_answer(second)) for first, second in pairs]
-    groups = [record["group"] for record, _ in pairs]
+    groups = [record.group for record, _ in pairs]
     old, new = ([values[metric] for values in side] for side in (old, new))
     return {"metric": metric} | _paired(metric, old, new, flips, groups, resampling)
 
@@ -260,11 +258,11 @@ def _row(
 def _rotations(records, probed, resampling: intervals.Resampling) -> list[dict[str, Any]]:
     """Return rotated_all: correct under every rotation, next to correct as originally posed."""
     rotations = [
-        {r["id"]: r for r in rotation} for name, rotation in probed.items() if ROTATED in name
+        {r.id: r for r in rotation} for name, rotation in probed.items() if ROTATED in name
     ]
     rows = []
     for task, task_records in aggregate.tasks_of(records).items():
-        by_item = [[r, *(by_id[r["id"]] for by_id in rotations if r["id"] in by_id)]
+        by_item = [[r, *(by_id[r.id] for by_id in rotations if r.id in by_id)]
                    for r in task_records]  # fmt: skip
         by_item = [answers for answers in by_item if len(answers) > 1]
         if not by_item:
@@ -272,7 +270,7 @@ def _rotations(records, probed, resampling: intervals.Resampling) -> list[dict[s
         accuracies = [[aggregate.record_values(r)["accuracy"] for r in part] for part in by_item]
         old, new = [values[0] for values in accuracies], [min(values) for values in accuracies]
         flips = [float(len({parsed_answer(r) for r in answers}) > 1) for answers in by_item]
-        groups = [answers[0]["group"] for answers in by_item]
+        groups = [answers[0].group for answers in by_item]
         head = dict(probe="rotated_all", task=task, metric="accuracy")
         rows.append(head | _paired("accuracy", old, new, flips, groups, resampling))
     return rows
@@ -289,14 +287,14 @@ def _paired(
     return row | dict(flips=flipped.mean, flips_low=low, flips_high=high)
 
 
-def parsed_answer(record: Record) -> str:
+def parsed_answer(record: EvalRecord) -> str:
     """Return the content of an answer: yes, an option's text, other text; "" if unparsed."""
-    family, text = record["family"], record["text"]
+    family, text = record.family, record.text
     if family == "vqa_mcq":
-        letter = strict.parse_answer(family, text, record["prompt"])
-        return text_metrics.options(record["prompt"]).get(letter or "", letter or "")
+        letter = strict.parse_answer(family, text, record.prompt)
+        return text_metrics.options(record.prompt).get(letter or "", letter or "")
     if family == "vqa_closed":
-        return strict.parse_answer(family, text, record["prompt"]) or ""
+        return strict.parse_answer(family, text, record.prompt) or ""
     return " ".join(text_metrics.tokens(answer_text(record)))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from medmax_jax.data.sample.documents import eval_items
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.eval.config import EvalError, Settings
+from medmax_jax.eval.records import Item
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.generation.model_bundle import MAX_PIXELS
 from medmax_jax.io import text_files
@@ -54,8 +55,8 @@ class EvalSet:
     A training image is (path, modality).
     """
 
-    items: list[task_items.Item]
-    train: list[task_items.Item]
+    items: list[Item]
+    train: list[Item]
     training_images: list[tuple[str, str]]
     folder: Path
 
@@ -137,7 +138,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(place.replace(str(path), path.name, 1), row) for place, row in rows]
 
 
-def _chosen(items: list[task_items.Item], settings: Settings) -> list[task_items.Item]:
+def _chosen(items: list[Item], settings: Settings) -> list[Item]:
     counts = dataclasses.asdict(settings.counts)
     return [
         item

@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
+import math
 import platform
 import shlex
 from collections.abc import Sequence
@@ -33,6 +35,10 @@ from medmax_jax.training.batch import BatchSource, BatchStats
 from medmax_jax.training.run_files import LogFile
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
+
+# Growth above the lowest report so far that a warning is logged for.
+LOG_Z_GROWTH = 5.0  # nats
+NORM_GROWTH = 10.0  # factor
 
 
 class TrainError(RuntimeError):
@@ -67,6 +73,7 @@ class Reporter:
         self._interval = metrics.from_list(cursor["interval"])
         self.last: dict[str, float] = cursor["last"]
         self.eval_pending = False  # an evaluation was due and a signal arrived before its end
+        self._lowest: dict[str, float] = cursor.get("lowest", {})  # checkpoints of before have none
         self._since = Throughput(job.clock)
 
     def flush(self, done: int) -> None:
@@ -90,6 +97,8 @@ class Reporter:
         row |= {"epoch": job.train_data.stats(done - 1).epoch} | stages.reported(job.run, done)
         eta = (job.run.train.steps - done) * self._since.seconds_per_step()
         job.writer.log(log_writer.format_step(done, job.run.train.steps, row, eta=eta))
+        for warning in growth_warnings(row, self._lowest):
+            job.writer.log(f"WARNING: step {done}: {warning}")
         kinds = metrics.by_kind(self._interval, job.train_data.kinds)
         job.writer.write("train", done, row | kinds | job.clock.report())
         self.last = self.last | row
@@ -99,7 +108,12 @@ class Reporter:
         """Return the state that a checkpoint stores for this reporter, as JSON."""
         self.flush(done)
         sums = metrics.to_list(self._interval)
-        return {"interval": sums, "last": self.last, "owed": self.eval_pending}
+        return {
+            "interval": sums,
+            "last": self.last,
+            "owed": self.eval_pending,
+            "lowest": self._lowest,
+        }
 
     def _fail(self, number: int, row: dict[str, float]) -> None:
         job = self._job
@@ -131,6 +145,36 @@ class Reporter:
         )
         job.writer.log(message)
         raise TrainError(message)
+
+
+def growth_warnings(row: dict[str, float], lowest: dict[str, float]) -> list[str]:
+    """Return a warning for each mean of log Z or norm that has grown far above its lowest report.
+
+    Chameleon's paper (arXiv 2405.09818, section 2.3) describes the cause: norms of the two
+    modalities grow in competition, slowly, until they leave the range of bfloat16, and only then
+    the loss diverges. `lowest` holds the lowest report of each so far and is updated. A value that
+    has caused a warning becomes the new lowest, so the next warning is for as much growth again.
+    """
+    warnings, rules = (
+        [],
+        (
+            ("log_z", "mean log Z", 1.0, LOG_Z_GROWTH),
+            ("hidden_norm", "mean norm of the last layer", NORM_GROWTH, 0.0),
+        ),
+    )
+    for modality, (name, what, factor, growth) in itertools.product(("text", "image"), rules):
+        key = f"{modality}_{name}"
+        if not math.isfinite(value := row[key]):
+            continue
+        old = lowest.get(key, value)
+        grown = value > factor * old + growth
+        if grown:
+            warnings.append(
+                f"the {what} at {modality} targets is {value:.4g}, up from {old:.4g}: the loss may "
+                "diverge soon; stop, and lower optim.peak_lr, or set loss.z"
+            )
+        lowest[key] = value if grown else min(old, value)
+    return warnings
 
 
 class Throughput:

@@ -20,12 +20,13 @@ from medmax_jax.eval.metrics import aggregate, answer_parser, per_record, yes_no
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.models import base, baselines
 from medmax_jax.eval.pipeline import inference, stages
+from medmax_jax.eval.records import EvalRecord, read_records
 from medmax_jax.eval.reporting import page
+from medmax_jax.eval.results import read_summary
 from medmax_jax.eval.stats.intervals import Resampling
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes, selection
 from medmax_jax.generation import model_bundle
-from medmax_jax.io import journal
 
 ROWS = [
     dict(task_name=name, question_type=kind, prompt=prompt, answer=answer, image_path=path)
@@ -111,10 +112,8 @@ def test_image_features_and_nearest_centroid():
 
 
 def record(task, text, answer, group="g", **changes):
-    fields = dict(
-        id=f"{group}/{text}", prompt="", images=[], predicted_modality=None, facts=[], modality=""
-    )
-    return fields | dict(task=task, family=task, text=text, answer=answer, group=group) | changes
+    fields = dict(id=f"{group}/{text}", task=task, family=task, prompt="", answer=answer, image="")
+    return EvalRecord.from_json(fields | dict(text=text, group=group) | changes)
 
 
 def test_values_of_each_task():
@@ -155,8 +154,8 @@ def test_scores_pair_items_and_put_the_primary_first():
     assert first["diff"] == pytest.approx(first["after"] - first["before"])
     assert first["ci_low"] <= first["diff"] <= first["ci_high"]
     first = aggregate.summary(after, mode="strict", resampling=Resampling(0, 2_000))[0]
-    assert (first["value"], first["n_unparsed"], first["headline"]) == (1, 0, True)
-    guessed = aggregate.with_answers(after, {r["id"]: "no" for r in after})
+    assert (first.value, first.n_unparsed, first.headline) == (1, 0, True)
+    guessed = aggregate.with_answers(after, {r.id: "no" for r in after})
     assert aggregate.scores(guessed, after, resampling=Resampling(0, 2_000))[0]["diff"] == 1
 
 
@@ -273,16 +272,16 @@ def many(count=7):
 def test_records_are_in_the_order_of_the_items(scripted, tmp_path):
     items = many()
     records = run_all(scripted, tmp_path, items)
-    assert [r["id"] for r in records] == [item.id for item in items]
-    assert records[0]["text"] == "yes" and records[4]["images"] == ["records_images/i_4_0.png"]
-    assert (tmp_path / records[4]["images"][0]).exists()
+    assert [r.id for r in records] == [item.id for item in items]
+    assert records[0].text == "yes" and records[4].generated == ("records_images/i_4_0.png",)
+    assert (tmp_path / records[4].generated[0]).exists()
     assert sorted(scripted.requested) == sorted(item.id for item in items)
     assert run_all(scripted, tmp_path, items) == records and len(scripted.requested) == len(items)
 
 
 def untimed(records):
     """Return the records without their times, which differ between runs."""
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    return [dataclasses.replace(record, seconds=None) for record in records]
 
 
 @pytest.mark.parametrize("cut", [0, 9])
@@ -307,10 +306,8 @@ def test_an_interrupted_run_resumes(scripted, tmp_path, cut):
     scripted.requested.clear()
     assert untimed(run_all(scripted, part, items)) == untimed(whole)
     assert len(scripted.requested) == len(items) - kept
-    written = [
-        journal.read_jsonl(folder / "records.jsonl") for folder in (part, tmp_path / "whole")
-    ]
-    by_id = [sorted(untimed(records), key=lambda record: record["id"]) for records in written]
+    written = [read_records(folder / "records.jsonl") for folder in (part, tmp_path / "whole")]
+    by_id = [sorted(untimed(records), key=lambda record: record.id) for records in written]
     assert by_id[0] == by_id[1] and len(by_id[0]) == len(items)
 
 
@@ -330,8 +327,8 @@ class Plain:
 
 def test_any_object_with_generate_is_a_model(tmp_path):
     records = run_all(Plain(), tmp_path, many())
-    assert [bool(r["images"]) for r in records] == [i % 5 == 4 for i in range(7)]
-    assert [r["text"] for r in records if not r["images"]] == ["yes"] * 6
+    assert [bool(r.generated) for r in records] == [i % 5 == 4 for i in range(7)]
+    assert [r.text for r in records if not r.generated] == ["yes"] * 6
     with pytest.raises(ValueError, match="item i/0: a segment is a int; use str or PIL.Image"):
         base.split_segments([3], where="item i/0")
 
@@ -360,8 +357,8 @@ def test_a_run_writes_scores_and_a_page(folder, tmp_path):
     out = tmp_path / "out"
     arguments = dict(model=f"native:{folder}", adapter="", progress=print)
     summary = stages.run(settings(tmp_path), out, **arguments)
-    assert summary == json.loads((out / "summary.json").read_text())
-    assert {(row["task"], row["metric"]) for row in summary["scores"]} == {
+    assert read_summary(out).to_json() == json.loads((out / "summary.json").read_text())
+    assert {(row.task, row.metric) for row in summary.scores} == {
         ("vqa_rad_closed", "accuracy"),
         ("pmc_vqa_mcq", "accuracy"),
         ("slake_open", "exact"),
@@ -369,7 +366,9 @@ def test_a_run_writes_scores_and_a_page(folder, tmp_path):
     }
     text = (out / "report.html").read_text()
     assert "Content-Security-Policy" in text and "Is it a CT?" in text
-    assert page.markdown(summary["scores"]).startswith("| task | family | metric | mode | n |")
+    assert page.markdown([row.to_json() for row in summary.scores]).startswith(
+        "| task | family | metric | mode | n |"
+    )
     before = (out / "records.jsonl").read_bytes()
     stages.run(settings(tmp_path), out, **arguments)
     assert (out / "records.jsonl").read_bytes() == before

@@ -7,7 +7,6 @@ import pytest
 
 from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import text
-from medmax_jax.eval.pipeline import inference
 from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import probes, selection
 from medmax_jax.eval.tasks.items import TaskError
@@ -57,9 +56,9 @@ def test_a_single_image_has_one_mark_or_none():
     assert (item.prompt, item.images, item.further_images) == ("Did it grow?", ("a.png",), ())
     assert task_items.prompt_parts(item, F) == (F / "a.png", "Did it grow?")
     assert only(CLOSED, image_path=["a.png"]) == only(CLOSED)
-    assert "further_images" not in task_items.item_fields(item)  # earlier workdirs stay valid
+    assert "further_images" not in item.item_fields()  # earlier workdirs stay valid
     two = only(CLOSED, image_path=["a.png", "b.png"])
-    assert inference.item_fields(two)["further_images"] == ["b.png"]
+    assert two.item_fields()["further_images"] == ["b.png"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from eval_setup import ITEMS, says_yes_after, write_items
+from eval_setup import ITEMS, content, says_yes_after, write_items
 from llm_server import completion, serving, short_waits  # noqa: F401
 
 from medmax_jax import cli
@@ -42,7 +42,9 @@ def settings(items: pathlib.Path, **changes) -> Settings:
 
 def run(items, out, model, **changes):
     options = {k: changes.pop(k) for k in ("shard", "dry_run") if k in changes}
-    return stages.run(settings(items, **changes), out, model=model, progress=print, **options)
+    given = settings(items, **changes)
+    summary = stages.run(given, out, model=model, progress=print, **options)
+    return summary and content(summary)
 
 
 def program(items, out, model, *flags):
@@ -295,7 +297,7 @@ def test_the_program_of_the_guide_answers_exported_items(tmp_path):
         command = [sys.executable, tmp_path / "answer.py", tmp_path / "items.jsonl"]
         subprocess.run(command, stdout=out, check=True)
     model = f"predictions:{tmp_path / 'answers.jsonl'}"
-    summary = stages.run(settings, tmp_path / "out", model=model, progress=print)
+    summary = content(stages.run(settings, tmp_path / "out", model=model, progress=print))
     assert summary["adapter"] == "" and summary["errors"] == 0
     for row in summary["scores"]:  # the guide's program answers as the constant baseline does
         assert (row["n"], row["n_unparsed"], row["value"]) == (4, 0, row["baseline"]), row

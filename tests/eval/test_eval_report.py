@@ -1,5 +1,6 @@
 """The page: published numbers, slices, failures; and the prompts of the MedMax release by name."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.pipeline import inference
 from medmax_jax.eval.reporting import curves, definitions, page, verdict
 from medmax_jax.eval.reporting import tables as reporting_tables
+from medmax_jax.eval.results import BaselineScores, MetricRow, Summary
 from medmax_jax.eval.stats.intervals import Resampling
 from medmax_jax.eval.tasks import catalog
 from medmax_jax.eval.tasks import items as task_items
@@ -80,13 +82,13 @@ def make_workdir(tmp_path, item_rows=None):
         progress=lambda _: None,
     )
     lines = [
-        dict(id=r["id"], kind=kind, votes=votes, why="", judge="j", case="")
+        dict(id=r.id, kind=kind, votes=votes, why="", judge="j", case="")
         for r in records
         for family, kind, votes in (
             ("vqa_open", "correct", [0.0, 1.0, 0.0]),
             ("visual_chat", "relative", [[8.0, 6.0], [9.0, 5.0]]),
         )
-        if r["family"] == family
+        if r.family == family
     ]
     put = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / per_record.JUDGMENTS).write_text(put)
@@ -103,7 +105,10 @@ def make_workdir(tmp_path, item_rows=None):
             seed=RESAMPLING.seed,
             resamples=RESAMPLING.resamples,
         ),
-        scores=aggregate.summary(records, inputs, mode="strict", resampling=RESAMPLING),
+        scores=[
+            row.to_json()
+            for row in aggregate.summary(records, inputs, mode="strict", resampling=RESAMPLING)
+        ],
         floors=[dict(name="majority", says="the most common answer", scores=baseline)],
         baselines=[],
         modality_ceiling=None,
@@ -126,12 +131,13 @@ def make_workdir(tmp_path, item_rows=None):
         contamination=[dict(task="slake_closed", part="clean", value=0.25)],
     )
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    return summary, records
+    return Summary.from_json(summary), records
 
 
 def render_page(tmp_path, **changes):
     summary, records = make_workdir(tmp_path)
-    page.write(tmp_path / "report.html", summary | changes, records, images_folder=tmp_path)
+    summary = dataclasses.replace(summary, **changes)
+    page.write(tmp_path / "report.html", summary, records, images_folder=tmp_path)
     return (tmp_path / "report.html").read_text()
 
 
@@ -251,14 +257,17 @@ def score(value, **changes):
     """Return a score row of 40 items of 30 groups, with an interval of ± 0.1."""
     columns = dict(task="t", family="vqa_closed", metric="accuracy", n=40, groups=30, n_unparsed=4,
                    value=value, ci_low=value - 0.1, ci_high=value + 0.1, headline=True)  # fmt: skip
-    return columns | changes
+    return MetricRow(**columns | changes)
 
 
 def with_baselines(row, *, floors=(), blind=None):
     """Return a summary of one score, of baselines by name, and of a paired comparison."""
-    named = [dict(name=name, says="", scores=[row | dict(value=v)]) for name, v in floors]
-    compared = [dict(name="blind", scores=[blind])] if blind else []
-    return dict(scores=[row], floors=named, baselines=compared)
+    named = tuple(
+        BaselineScores(name=name, says="", scores=(dataclasses.replace(row, value=v),))
+        for name, v in floors
+    )
+    compared = (dict(name="blind", scores=[blind]),) if blind else ()
+    return Summary(model="m", scores=(row,), floors=named, baselines=compared)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +298,7 @@ def test_the_verdict_uses_the_paired_interval_of_the_blind_baseline():
     assert reporting_tables.main_table(summary)[0]["best baseline"] == 0.65
     (row,) = reporting_tables.baseline_table(summary)
     assert (row["the model"], row["one"], row["blind"]) == (0.7, 0.4, 0.65)
-    summary["baselines"][0]["scores"] = [blind | dict(ci_low=None, ci_high=None)]
+    summary.baselines[0]["scores"] = [blind | dict(ci_low=None, ci_high=None)]
     assert verdict.headlines(summary)[0].outcome == verdict.INCONCLUSIVE
 
 
@@ -300,7 +309,7 @@ def test_one_group_and_no_baseline_have_no_verdict():
     assert verdict.sentence(head).endswith("A single group has no interval.")
     (head,) = verdict.headlines(with_baselines(row, floors=[("one", 0.1)]))
     assert head.outcome == verdict.INCONCLUSIVE
-    assert verdict.render(dict(scores=[])) == ""
+    assert verdict.render(Summary(model="m", scores=())) == ""
 
 
 def test_intervals_of_few_groups_are_not_drawn():
@@ -380,7 +389,7 @@ def test_failures_are_counted_and_shown(tmp_path):
     counts = {r["task"]: r for r in reporting_tables.failures(records, values, summary)}
     slake = counts["slake_closed"]
     assert (slake["items"], slake["wrong"], slake["unparsed"], slake["errors"]) == (24, 8, 8, 0)
-    records[0] = records[0] | {"text": "", "error": "HTTP 400: too large"}
+    records[0] = dataclasses.replace(records[0], text="", error="HTTP 400: too large")
     counts = {r["task"]: r for r in reporting_tables.failures(records, values, summary)}
     assert counts["slake_closed"]["errors"] == 1 and counts["slake_closed"]["answered"] == 23
     shown = reporting_tables.failed_examples(records, values, summary)
@@ -392,8 +401,10 @@ def test_failures_are_counted_and_shown(tmp_path):
 def test_a_page_of_the_embedded_sample(tmp_path):
     item_rows = [row("sample_vqa", "closed", id=str(n)) for n in range(3)]
     summary, records = make_workdir(tmp_path, item_rows)
-    summary["settings"]["questions"] = ["sample"]
-    del summary["judge"], summary["scorers"], summary["probes"], summary["contamination"]
+    summary = dataclasses.replace(
+        summary, settings=summary.settings | dict(questions=["sample"]), judge=None, scorers={},
+        probes=None, contamination=None,
+    )  # fmt: skip
     page.write(tmp_path / "report.html", summary, records, images_folder=tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert "Tasks not run" not in text and "Comparison with published" not in text

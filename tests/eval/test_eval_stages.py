@@ -36,10 +36,10 @@ def test_every_stage_adds_to_the_summary_and_none_is_repeated(folder, tmp_path):
     out, lines = tmp_path / "out", []
     with serving(eval_setup.judge) as llm:
         arguments = dict(model=f"native:{folder}", progress=lines.append)
-        summary = stages.run(all_stages(tmp_path, llm.url), out, **arguments)
+        summary = eval_setup.content(stages.run(all_stages(tmp_path, llm.url), out, **arguments))
         files = {path.name: path.read_bytes() for path in out.glob("*.jsonl")}
         calls = len(llm.requests)
-        again = stages.run(all_stages(tmp_path, llm.url), out, **arguments)
+        again = eval_setup.content(stages.run(all_stages(tmp_path, llm.url), out, **arguments))
         assert len(llm.requests) == calls > 0
     names = {"records", "options", "judgments", "judge_calls", "probe_blank", "probe_swapped"}
     assert names | {"probe_rotated_1"} <= {name.removesuffix(".jsonl") for name in files}
@@ -139,7 +139,7 @@ def test_a_model_without_likelihoods_reports_the_reason(tmp_path):
     with pytest.raises(EvalError, match="config.train_model is empty; set it to the model folder"):
         stages.run(now, tmp_path / "out", **arguments)
     now = dataclasses.replace(now, train_model=str(prepare.TINY))
-    summary = stages.run(now, tmp_path / "out", **arguments)
+    summary = eval_setup.content(stages.run(now, tmp_path / "out", **arguments))
     assert summary["calibration"] == dict(reason="n/a: a baseline has no likelihoods", rows=[])
     parts = {(row["task"], row["part"]): row["n"] for row in summary["contamination"]["rows"]}
     assert parts["slake_open", "clean"] == 1 and parts["slake_open", "contaminated"] == 0

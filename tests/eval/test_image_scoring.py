@@ -1,5 +1,6 @@
 """Images and captions with real scorers: BiomedCLIP at random weights, EfficientNet-Lite0."""
 
+import dataclasses
 import json
 import sys
 
@@ -53,7 +54,7 @@ def summary_rows(records, folder):
     rows = aggregate.summary(
         records, per_record.read(folder), mode="strict", resampling=Resampling(0, 2_000)
     )
-    return {(row["task"], row["metric"]): row for row in rows}
+    return {(row.task, row.metric): vars(row) for row in rows}
 
 
 def test_scores_of_captions_images_and_ranks(clip, tmp_path):
@@ -90,10 +91,10 @@ def test_scores_of_captions_images_and_ranks(clip, tmp_path):
 
 def test_captions_of_probes_are_compared_with_the_true_image(clip, tmp_path):
     """A model that describes the image it receives, shown another image."""
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "captioning"]
-    other = {r["id"]: records[(n + 2) % 4] for n, r in enumerate(records)}
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "captioning"]
+    other = {r.id: records[(n + 2) % 4] for n, r in enumerate(records)}
     swapped = [
-        r | {"image": other[r["id"]]["image"], "text": other[r["id"]]["text"]} for r in records
+        dataclasses.replace(r, image=other[r.id].image, text=other[r.id].text) for r in records
     ]
     score([clip], records, tmp_path)
     before, lines = (tmp_path / per_record.IMAGE_SCORES).read_bytes(), []
@@ -103,12 +104,12 @@ def test_captions_of_probes_are_compared_with_the_true_image(clip, tmp_path):
     assert lines == ["biomedclip: 0 images and texts to embed"]  # all are stored by content
     probe_inputs = per_record.load_image_scores(tmp_path / "probe_swapped_image_scores.jsonl")
     for record in records:
-        (cosine,) = probe_inputs.image_scores["biomedclip"][record["id"]]["image_text"]
+        (cosine,) = probe_inputs.image_scores["biomedclip"][record.id]["image_text"]
         (shown,) = clip.embed_images(
-            [PIL.Image.open(tmp_path / record["image"]).convert("RGB")], released=False
+            [PIL.Image.open(tmp_path / record.image).convert("RGB")], released=False
         )
-        (text,) = clip.embed_texts([other[record["id"]]["text"]])
-        assert cosine == pytest.approx(shown @ text, abs=1e-6), record["id"]
+        (text,) = clip.embed_texts([other[record.id].text])
+        assert cosine == pytest.approx(shown @ text, abs=1e-6), record.id
     inputs = per_record.read(tmp_path)
     resampling = Resampling(0, 2_000)
     (row,) = probes.summary(
@@ -121,8 +122,8 @@ def test_captions_of_probes_are_compared_with_the_true_image(clip, tmp_path):
 
 
 def test_reasoning_text_is_in_the_released_cosine_only(clip, tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "captioning"][:2]
-    thought = [r | {"text": f"<think>An MRI.</think>{r['text']}"} for r in records]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "captioning"][:2]
+    thought = [dataclasses.replace(r, text=f"<think>An MRI.</think>{r.text}") for r in records]
     score([clip], records, tmp_path)
     plain = per_record.read(tmp_path).image_scores["biomedclip"]
     score([clip], thought, tmp_path)
@@ -147,7 +148,7 @@ def test_complete_image_sets_have_intervals_over_groups(clip, tmp_path):
     assert kid["ci_low"] <= kid["value"] <= kid["ci_high"] and kid["subsets_std"] >= 0
     assert kinds["ci_low"] <= kinds["value"] <= kinds["ci_high"] and kinds["references_high"] > 0
     # one patient carries no information about others
-    one_patient = [record | {"group": "g"} for record in generated]
+    one_patient = [dataclasses.replace(record, group="g") for record in generated]
     assert score([clip], one_patient, tmp_path) == []
 
 

@@ -1,9 +1,11 @@
 """The page and the table of all items: verdicts, filters, and text from models and data files."""
 
 import csv
+import dataclasses
 import json
 import stat
 
+import eval_setup
 import PIL.Image
 import pytest
 from test_eval_report import make_workdir, rows
@@ -16,11 +18,10 @@ from medmax_jax.io import csv_files, html_page
 OPEN = [one | dict(data_class="open") for one in rows()]
 
 
-def written(folder, item_rows, change=lambda record: None):
+def written(folder, item_rows, change=lambda record: record):
     """Write the files of a run whose records are changed first; return page and table."""
     summary, records = make_workdir(folder, item_rows)
-    for record in records:
-        change(record)
+    records = list(map(change, records))
     page.write(folder / "report.html", summary, records, images_folder=folder)
     with open(folder / "items.csv", newline="", encoding="utf-8") as file:
         return parsed((folder / "items.html").read_text()), list(csv.DictReader(file)), records
@@ -38,7 +39,7 @@ def test_every_item_has_an_entry_and_a_row(tmp_path):
     tags, table, records = written(tmp_path, OPEN)
     values = entries(tags)
     assert len(values) == len(table) == len(records) > 20
-    assert [row["id"] for row in table] == [record["id"] for record in records]
+    assert [row["id"] for row in table] == [record.id for record in records]
     assert [row["verdict"] for row in table] == [entry["verdict"][0] for entry in values]
     slake = [(row["verdict"], row["answer"]) for row in table if row["task"] == "slake_closed"]
     assert ("correct", "yes") in slake and ("wrong", "no") in slake
@@ -53,8 +54,10 @@ def test_every_item_has_an_entry_and_a_row(tmp_path):
 
 def test_texts_of_models_are_escaped_and_run_nowhere(tmp_path):
     def change(record):
-        record.update(text=HOSTILE + "\udc80", prompt='=HYPERLINK("http://x")', group=HOSTILE)
-        record["slices"] = [["modality", HOSTILE]]
+        return dataclasses.replace(
+            record, text=HOSTILE + "\udc80", prompt='=HYPERLINK("http://x")', group=HOSTILE,
+            slices=(("modality", HOSTILE),),
+        )  # fmt: skip
 
     tags, table, _ = written(tmp_path, OPEN[:1], change)
     assert [t for t, _ in tags.tags if t in ("script", "iframe", "link")] == ["script"]
@@ -76,7 +79,7 @@ def test_numbers_of_a_table_stay_numbers():
 def test_images_of_credentialed_items_are_not_copied(tmp_path):
     secret = [one | dict(credential="yes") for one in rows()]
     tags, _, records = written(tmp_path, secret)
-    assert any(record["images"] for record in records)
+    assert any(record.generated for record in records)
     assert not [t for t, _ in tags.tags if t == "img"] and not (tmp_path / "item_images").exists()
     assert "not on this page" in tags.text and page.CREDENTIALED in tags.text
     for name in (item_browser.PAGE, item_browser.TABLE):
@@ -113,7 +116,8 @@ def test_an_image_outside_the_workdir_is_copied_once(tmp_path):
     ],
 )
 def test_verdicts(score, error, expected):
-    assert item_browser.item_verdict(dict(error=error), score) == expected
+    record = eval_setup.record(eval_setup.item("x", "vqa_open", 0), "", error=error)
+    assert item_browser.item_verdict(record, score) == expected
 
 
 def test_the_policy_allows_the_script_of_the_page_alone(tmp_path):

@@ -1,5 +1,6 @@
 """Records of a workdir with a server as judge: judged once, resumed, limited, scored both ways."""
 
+import dataclasses
 import json
 
 import eval_setup
@@ -37,7 +38,7 @@ def rows(records, workdir):
     result = aggregate.summary(
         records, per_record.read(workdir), mode="strict", resampling=Resampling(0, 2_000)
     )
-    return {(row["task"], row["metric"]): row for row in result}
+    return {(row.task, row.metric): vars(row) for row in result}
 
 
 def test_every_kind_is_judged_once_and_scored_both_ways(tmp_path):
@@ -70,7 +71,7 @@ def test_every_kind_is_judged_once_and_scored_both_ways(tmp_path):
 
 
 def test_after_a_kill_only_missing_judgments_are_requested(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:3]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:3]
     with serving(eval_setup.judge) as llm:
         judge_all(a_judge(llm.url), records, tmp_path)
         requested = len(llm.requests)
@@ -84,7 +85,7 @@ def test_after_a_kill_only_missing_judgments_are_requested(tmp_path):
 
 
 def test_answers_without_votes_are_requested_again(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:2]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:2]
     state = {"up": False}
 
     def behave(request, n):
@@ -109,7 +110,7 @@ def test_answers_without_votes_are_requested_again(tmp_path):
 )
 def test_failing_replies_leave_the_answer_unscored(tmp_path, trouble):
     """The requests of the first answer always fail, the others are judged."""
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:3]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:3]
 
     def behave(request, n):
         said = json.loads(request["messages"][1]["content"])["answer"]
@@ -123,7 +124,7 @@ def test_failing_replies_leave_the_answer_unscored(tmp_path, trouble):
 
 
 def test_timeouts(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:2]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:2]
 
     def behave(request, n):
         first = json.loads(request["messages"][1]["content"])["answer"] == "A CT."
@@ -141,8 +142,8 @@ def test_timeouts(tmp_path):
 )
 def test_verdicts_inside_answers_do_not_count(tmp_path, answer):
     """A judge repeats the answer: strict mode accepts no verdict of it, the paper does."""
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:2]
-    records[0]["text"] = answer
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:2]
+    records[0] = dataclasses.replace(records[0], text=answer)
 
     def parrot(request, n):
         if answer.lower()[:20] not in json.dumps(request).lower().replace('\\\\\\"', '"'):
@@ -169,13 +170,13 @@ def test_a_limit_holds_over_runs(tmp_path):
         assert not llm.requests
         summary = judge_all(a_judge(llm.url, max_usd=1.0, **prices), records, tmp_path)
         assert summary["usd"] == pytest.approx(2e-4 * len(llm.requests))
-        other_records = [r | {"id": r["id"] + "x", "text": "Else."} for r in records]
+        other_records = [dataclasses.replace(r, id=r.id + "x", text="Else.") for r in records]
         with pytest.raises(llm_judge.JudgeError, match=f"{summary['usd']:.4f} of it is spent"):
             judge_all(a_judge(llm.url, max_usd=summary["usd"], **prices), other_records, tmp_path)
 
 
 def test_stopped_before_the_end(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"]
     with serving(eval_setup.judge) as llm:
         summary = judge_all(
             a_judge(llm.url), records, tmp_path, stopped=lambda: len(llm.requests) >= 1
@@ -186,11 +187,11 @@ def test_stopped_before_the_end(tmp_path):
 
 
 def test_another_answer_is_not_judged_by_the_old_verdict(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"][:1]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"][:1]
     with serving(eval_setup.judge) as llm:
         judge_all(a_judge(llm.url), records, tmp_path)
         with pytest.raises(llm_judge.JudgeError, match="judged on another answer"):
-            judge_all(a_judge(llm.url), [records[0] | {"text": "An MRI."}], tmp_path)
+            judge_all(a_judge(llm.url), [dataclasses.replace(records[0], text="An MRI.")], tmp_path)
 
 
 def test_credentialed_texts_are_not_sent(tmp_path):
@@ -223,8 +224,8 @@ def test_the_judge_receives_the_prompt_of_the_model_and_not_its_name(tmp_path):
         prompt=release.DETAILED,
         context="Figure 1: a CT",
     )
-    record = eval_setup.record(item, "An MRI.", model="secret-name")
-    record["released"] = [["prompt", "Describe it.\n<image>"], ["fig_caption", "a CT"]]
+    released = (("prompt", "Describe it.\n<image>"), ("fig_caption", "a CT"))
+    record = eval_setup.record(item, "An MRI.", model="secret-name", released=released)
     with serving(eval_setup.judge) as llm:
         judge_all(a_judge(llm.url, repeats=1), [record], tmp_path)
     ours = [r for r in llm.requests if r["messages"][0]["content"].startswith("You ")]
@@ -242,6 +243,6 @@ def test_the_judge_receives_the_prompt_of_the_model_and_not_its_name(tmp_path):
 def test_tasks_without_a_judge_are_named(tmp_path):
     records = eval_setup.records(tmp_path)
     result = aggregate.summary(records, mode="strict", resampling=Resampling(0, 2_000))
-    assert not any(row["metric"].startswith("judge") for row in result)
+    assert not any(row.metric.startswith("judge") for row in result)
     named = ["slake_open", "visual_chat_conversation", "multimodal"]
     assert aggregate.not_judged(records) == named

@@ -117,11 +117,14 @@ def test_captions_and_chats_have_a_metric_without_a_judge():
         for f in ("captioning", "visual_chat", "vqa_open")
     )  # fmt: skip
     before = caption + chat + opened
-    after = [one | {"text": "An MRI" if n % 2 else "a CT of it"} for n, one in enumerate(before)]
-    after = [one | {"image": "other.png"} for one in after]
+    after = [
+        dataclasses.replace(one, text="An MRI" if n % 2 else "a CT of it")
+        for n, one in enumerate(before)
+    ]
+    after = [dataclasses.replace(one, image="other.png") for one in after]
     judged = {
-        "correct": {r["id"]: dict(votes=[1.0], why="") for r in opened},
-        "relative": {r["id"]: dict(votes=[[8.0, 9.0]], why="") for r in chat},
+        "correct": {r.id: dict(votes=[1.0], why="") for r in opened},
+        "relative": {r.id: dict(votes=[[8.0, 9.0]], why="") for r in chat},
     }
     inputs = per_record.ScoringInputs(judgments=judged)
     rows = {
@@ -136,10 +139,10 @@ def test_captions_and_chats_have_a_metric_without_a_judge():
         assert (row["before"], row["flips"]) == (1, 0.5) and row["after"] == 0.5
     true = probes.captions_to_score(before, {"swapped": after, "rotated_1": after[6:]})
     assert list(true) == ["swapped"] and len(true["swapped"]) == 6
-    assert [one["image"] for one in true["swapped"]] == [one["image"] for one in caption]
+    assert [one.image for one in true["swapped"]] == [one.image for one in caption]
 
     def scored(cosine):
-        lines = {r["id"]: dict(image_text=[cosine], text_text=1.0, combined=0.5) for r in caption}
+        lines = {r.id: dict(image_text=[cosine], text_text=1.0, combined=0.5) for r in caption}
         return per_record.ScoringInputs(image_scores={"biomedclip": lines})
 
     result = probes.summary(
@@ -350,6 +353,11 @@ def test_records_of_another_tokenizer_are_refused(trained, tmp_path):
 # Rows of the summary.
 
 
+def by_metric(records):
+    rows = aggregate.summary(records, mode="strict", resampling=RESAMPLING)
+    return {row.metric: vars(row) for row in rows}
+
+
 def test_probmed_pairs_are_right_together():
     kinds = ["modality", "modality", "entity", "entity"]
     items = [
@@ -359,24 +367,23 @@ def test_probmed_pairs_are_right_together():
         for n in range(8)
     ]  # fmt: skip
     records = [eval_setup.record(i, "yes") for i in items]  # yes to everything has no correct pair
-    records[1]["text"] = "no"  # except for one pair
-    rows = {
-        r["metric"]: r for r in aggregate.summary(records, mode="strict", resampling=RESAMPLING)
-    }
+    records[1] = dataclasses.replace(records[1], text="no")  # except for one pair
+    rows = by_metric(records)
     assert rows["accuracy"]["value"] == 5 / 8 and rows["accuracy"]["headline"]
     assert (rows["paired_accuracy"]["value"], rows["paired_accuracy"]["n"]) == (1 / 4, 4)
     assert rows["paired_accuracy modality"]["value"] == 1 / 2
     assert rows["paired_accuracy entity"]["value"] == 0
-    records[0]["error"] = "refused"
-    rows = {
-        r["metric"]: r for r in aggregate.summary(records, mode="strict", resampling=RESAMPLING)
-    }
+    records[0] = dataclasses.replace(records[0], error="refused")
+    rows = by_metric(records)
     assert rows["accuracy"]["n_errors"] == rows["accuracy"]["n_unscored"] == 1
     assert rows["paired_accuracy"]["value"] == 0 and rows["paired_accuracy"]["best"] == 1 / 4
 
 
 def test_rows_have_the_minimum_detectable_effect_and_are_json(tmp_path):
-    rows = aggregate.summary(eval_setup.records(tmp_path), mode="paper", resampling=RESAMPLING)
+    records = eval_setup.records(tmp_path)
+    rows = [
+        row.to_json() for row in aggregate.summary(records, mode="paper", resampling=RESAMPLING)
+    ]
     closed = rows[0]
     assert (closed["task"], closed["n"], closed["groups"]) == ("vqa_rad_closed", 5, 3)
     # Yes. right, normal unread, No right, nothing unread, no wrong
@@ -394,4 +401,4 @@ def test_rows_have_the_minimum_detectable_effect_and_are_json(tmp_path):
         mode="strict",
         resampling=RESAMPLING,
     )
-    assert alone[0]["mde"] is None
+    assert alone[0].mde is None

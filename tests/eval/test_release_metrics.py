@@ -7,6 +7,7 @@ import random
 import sys
 from pathlib import Path
 
+import eval_setup
 import numpy as np
 import pytest
 
@@ -297,7 +298,8 @@ def test_bounds_hold_whatever_the_missing_verdicts_were():
 
 
 def test_the_accuracy_of_the_suite_parses_option_texts():
-    record = dict(id="i", family="vqa_mcq", prompt=PROMPT, text="Left lung base.", answer="B")
+    item = eval_setup.item("x", "vqa_mcq", 0, prompt=PROMPT, answer="B")
+    record = eval_setup.record(item, "Left lung base.")
     assert aggregate.record_values(record) == dict(accuracy=1, unparsed=0)
 
 

@@ -25,6 +25,7 @@ from medmax_jax.eval import report
 from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.models import predictions
 from medmax_jax.eval.pipeline import inference, judging, stages
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.eval.reporting import comparison
 from medmax_jax.eval.tasks import probes, selection
 from medmax_jax.eval.tasks.items import TaskError, from_rows, is_credentialed
@@ -215,9 +216,9 @@ def test_later_messages_contain_nothing_of_a_row(tmp_path):
     with pytest.raises(predictions.PredictionsError, match="line 1: image 1 cannot be") as wrong:
         model.generate([ask])
     assert "SECRET" not in str(wrong.value)
-    request = inference.item_fields(items[0])
+    record = EvalRecord.of(items[0], text="")
     with pytest.raises(comparison.ComparisonError, match="prompt of a credentialed item differs"):
-        comparison._check_same(request, request | dict(prompt="SECRET2"))
+        comparison._check_same(record, dataclasses.replace(record, prompt="SECRET2"))
 
 
 def test_a_probe_with_a_credentialed_image_is_credentialed():

@@ -66,7 +66,7 @@ def test_1_2_image_generation_runs_on_all_rows_and_on_fewer_than_100(tmp_path):
     items = task_items.from_rows(rows)
     drawn = PIL.Image.new("RGB", (32, 32), "red")
     records = answers(Scripted({item.id: [drawn] for item in items}), items, tmp_path)
-    assert [len(record["images"]) for record in records] == [1, 1, 1]
+    assert [len(record.generated) for record in records] == [1, 1, 1]
     with pytest.raises(release.PaperError, match="takes the first 100 or stops"):
         release.generation([0.5] * 3)
 
@@ -101,9 +101,9 @@ def test_6_an_empty_answer_is_an_answer(tmp_path):
     items = [eval_setup.item("x_closed", "vqa_closed", 0, answer="yes"),
              eval_setup.item("multimodal", "multimodal", 1)]  # fmt: skip
     records = answers(Scripted({}), items, tmp_path)
-    assert [(r["text"], r["images"]) for r in records] == [("", []), ("", [])]
+    assert [(r.text, r.generated) for r in records] == [("", ()), ("", ())]
     row = aggregate.summary(records, **SETTINGS)[0]
-    assert (row["value"], row["n_unparsed"], row["n"]) == (0, 1, 1)
+    assert (row.value, row.n_unparsed, row.n) == (0, 1, 1)
 
 
 def test_7_failed_items_do_not_stop_the_others(tmp_path):
@@ -117,9 +117,9 @@ def test_7_failed_items_do_not_stop_the_others(tmp_path):
     }
     rows = aggregate.summary(answers(Scripted(output), items, tmp_path), **SETTINGS)
     closed = rows[0]
-    assert (closed["n"], closed["n_errors"], closed["n_unscored"]) == (2, 1, 1)
-    assert (closed["value"], closed["best"], closed["scored_only"]) == (0.5, 1, 1)
-    assert rows[1]["task"] == "captioning_x" and rows[1]["n_errors"] == 0
+    assert (closed.n, closed.n_errors, closed.n_unscored) == (2, 1, 1)
+    assert (closed.value, closed.best, closed.scored_only) == (0.5, 1, 1)
+    assert rows[1].task == "captioning_x" and rows[1].n_errors == 0
 
 
 def test_13_14_16_strict_has_no_penalty_and_states_image_sampling():
@@ -132,7 +132,7 @@ def test_13_14_16_strict_has_no_penalty_and_states_image_sampling():
 def test_22_the_reference_caption_counts(tmp_path):
     one = eval_setup.item("captioning_x", "captioning", 0, answer="A CT of the chest")
     rows = aggregate.summary([eval_setup.record(one, "A CT of the chest")], **SETTINGS)
-    assert {row["metric"]: row["value"] for row in rows} == {"token_f1": 1, "rouge_l": 1}
+    assert {row.metric: row.value for row in rows} == {"token_f1": 1, "rouge_l": 1}
     assert "caption_caption" in per_record.IMAGE_METRICS["captioning"]
 
 
@@ -155,8 +155,8 @@ def test_26_intervals_account_for_questions_that_share_an_image():
     ]
     (row,) = aggregate.summary(records, **SETTINGS)
     naive = 2 * 1.96 * release.accuracy(right.astype(float))[1]
-    assert row["groups"] == 40 and row["ci_high"] - row["ci_low"] > 3 * naive
-    assert row["mde"] == pytest.approx(
+    assert row.groups == 40 and row.ci_high - row.ci_low > 3 * naive
+    assert row.mde == pytest.approx(
         intervals.minimum_detectable_effect(right, [i.group for i in items], paired=False)
     )
 
@@ -178,7 +178,7 @@ def test_27_28_answers_of_all_tasks_are_kept_without_duplicates(tmp_path):
 
     once = see()
     assert see() == once
-    named = {record["task"] for record in records if record["family"] in per_record.IMAGE_METRICS}
+    named = {record.task for record in records if record.family in per_record.IMAGE_METRICS}
     lines = per_record.read(tmp_path).image_scores["efficientnet_lite0"]
     assert {name.split("/")[0] for name in lines} == named and len(named) == 3
     items = [eval_setup.item(task, "captioning", n) for task in ("a", "b") for n in range(2)]
@@ -205,7 +205,7 @@ def test_29_missing_key_is_reported_before_any_request(tmp_path, monkeypatch):
 
 
 def test_29_cost_and_calls_are_reported(tmp_path):
-    records = [r for r in eval_setup.records(tmp_path) if r["family"] == "vqa_open"]
+    records = [r for r in eval_setup.records(tmp_path) if r.family == "vqa_open"]
 
     def behave(request, n):
         time.sleep(0.05)  # so that calls meet
@@ -239,7 +239,7 @@ def test_31_answers_are_paired_by_id_and_never_by_order(tmp_path):
     items = [eval_setup.item("x_closed", "vqa_closed", n, answer="yes") for n in range(6)]
     output = {item.id: ["yes" if n < 2 else "no"] for n, item in enumerate(items)}
     records = answers(Scripted(output), items, tmp_path)
-    assert [r["text"] for r in records] == ["yes"] * 2 + ["no"] * 4
+    assert [r.text for r in records] == ["yes"] * 2 + ["no"] * 4
     twice = [dict(task_name="image_captioning", question_type="x", prompt="", answer="", id="a",
                   image_path="a.png")] * 2  # fmt: skip
     with pytest.raises(task_items.TaskError, match="id 'a' occurs more than once"):

@@ -18,6 +18,7 @@ from medmax_jax.data.sources.row import RowError, field_image_path
 from medmax_jax.eval.models import predictions
 from medmax_jax.eval.models.base import ModelRequest
 from medmax_jax.eval.pipeline import inference
+from medmax_jax.eval.records import EvalRecord
 from medmax_jax.eval.reporting import page
 from medmax_jax.eval.tasks import items, selection
 from medmax_jax.generation import output_files
@@ -103,9 +104,7 @@ def test_every_reader_rejects_paths_outside_the_folder(folder, name, tmp_path):
             output_files.read_prompts(folder / "q.jsonl")
     with pytest.raises(image_headers.ImageError, match="outside the image folder"):
         near_duplicates.hash_file(folder, name)
-    record = inference.item_fields(changed_items[0]) | dict(
-        text="yes", images=[], predicted_modality=None
-    )
+    record = EvalRecord.of(changed_items[0], text="yes")
     with pytest.raises(ImagePathError):
         page.examples([record], tmp_path, folder)
 

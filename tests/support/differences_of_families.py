@@ -60,7 +60,7 @@ def table(folder: Path) -> str:
         records, per_record.read(folder), mode="strict", resampling=Resampling(0, 2_000)
     )
     lines = [HEAD, ["---"] * len(HEAD)]
-    lines += [_line(row) for row in rows if row["paper_n"] is not None]
+    lines += [_line(vars(row)) for row in rows if row.paper_n is not None]
     return "\n".join(
         "".join(f"| {' | '.join(line[i] for i in columns)} |\n" for line in lines)
         for columns in ((0, 1, 2, 3, 4), (0, 1, 5, 6), (0, 1, 7, 8, 9))

@@ -1,5 +1,6 @@
 """Records of all families with scripted answers, and a judge that scores them."""
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -7,7 +8,7 @@ import time
 import PIL.Image
 from llm_server import completion
 
-from medmax_jax.eval.tasks import items
+from medmax_jax.eval.records import EvalRecord, Item
 
 ITEMS = 24
 PROMPT = "Which?\nA: CT\nB: MRI\nC: PET"
@@ -22,15 +23,18 @@ def item(task, family, n, **changes):
     fields = dict(id=f"{task}/{n}", task=task, family=family, prompt="What?", answer="A CT.")
     fields |= dict(image=f"{n % 4}.png", group=f"g{n // 2}", template=family, facts=(), modality="")
     fields |= dict(slices=(), context="", data_class="open")
-    return items.Item(**(fields | changes))
+    return Item(**(fields | changes))
 
 
 def record(item, text, images=(), **changes):
-    """As the loop writes it."""
-    fields = json.loads(json.dumps(vars(item)))
-    return (
-        fields | dict(text=text, images=list(images), codes=[], predicted_modality=None) | changes
-    )
+    """As the loop returns it."""
+    answer = EvalRecord.of(item, text=text, generated=tuple(images))
+    return dataclasses.replace(answer, **changes)
+
+
+def content(summary):
+    """Return what a program reads in summary.json."""
+    return json.loads(json.dumps(summary.to_json()))
 
 
 def records(folder):
