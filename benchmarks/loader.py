@@ -191,11 +191,9 @@ def planned() -> dict:
         table[seq_len] = dict(
             two_epochs_seconds=round(seconds, 2),
             rows=len(plan),
-            fill=round(packing_report.packing_efficiency(short, plan, seq_len), 4),
+            fill=round(packing_report.packing_efficiency(plan, seq_len), 4),
             offline=round(float(offline), 4),
-            image_centric=round(
-                packing_report.packing_efficiency(short, image_centric, seq_len), 4
-            ),
+            image_centric=round(packing_report.packing_efficiency(image_centric, seq_len), 4),
         )
         print(seq_len, table[seq_len], flush=True)
     batches = {n: packing_report.padding_efficiency(short, batch_size=n, seed=0) for n in (8, 64)}

@@ -9,9 +9,14 @@ Widths are those of 7B, the depth is small so that it compiles in seconds. Print
                   (kernels written in Pallas and exposed communication have no cycles in it)
     layer_cycles  of the loops over layers only, forward and backward
     other_ms      the rest: embedding, head, loss, optimizer
+    gflops, gbytes  XLA's cost analysis, per device; it counts the body of a loop once
+
+--reports=loss compiles the step without what a log line reports in addition to the loss (log Z,
+largest logits, norms): the difference is their cost.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -44,6 +49,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4, help="rows per device")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
+    parser.add_argument("--reports", choices=("all", "loss"), default="all")
     parser.add_argument("--hlo", default="", help="file for the compiled program")
     args = parser.parse_args()
     begin = time.monotonic()
@@ -55,10 +61,12 @@ def main() -> None:
     cycles = Cycles(text)
     loops = sorted(cycles.layer_loops(args.layers))
     total, layers = cycles.total(), sum(loops)
-    memory = compiled.memory_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     report = dict(
         topology=args.topology, mesh=args.mesh, layers=args.layers, rows=args.rows,
-        set=args.set, temp_gib=round(memory.temp_size_in_bytes / 2**30, 3),
+        set=args.set, reports=args.reports, gflops=round(cost["flops"] / 1e9, 3),
+        gbytes=round(cost["bytes accessed"] / 1e9, 3),
+        temp_gib=round(memory.temp_size_in_bytes / 2**30, 3),
         est_ms=round(total / CLOCK * 1e3, 2), layer_cycles=loops,
         other_ms=round((total - layers * args.layers) / CLOCK * 1e3, 2),
         compile_s=round(time.monotonic() - begin, 1), jax=jax.__version__,
@@ -75,9 +83,10 @@ def compile_step(args: argparse.Namespace) -> Any:
     settings.mesh.update(data=sizes[0], fsdp=sizes[1], tp=sizes[2])
     for assignment in args.set:
         name, value = assignment.split("=")
-        section, field = name.split(".")
-        kind = type(settings[section][field])
-        settings[section][field] = value == "True" if kind is bool else kind(value)
+        *sections, field = name.split(".")
+        part = functools.reduce(lambda part, section: part[section], sections, settings)
+        kind = type(part[field])
+        part[field] = value == "True" if kind is bool else kind(value)
     if settings.model.quant != "none":
         settings.train.init_from = "abstract"  # never read: nothing is loaded here
     run = config.from_config_dict(settings)
@@ -92,7 +101,19 @@ def compile_step(args: argparse.Namespace) -> Any:
             jax.eval_shape(lambda: jax.random.key(0, impl=run.train.prng_impl))
         )
         train_step = step.make_train_step(graph, run)
+        if args.reports == "loss":
+            train_step = _without_reports(train_step)
         return train_step.lower(state, frozen, step.abstract_batch(run), key).compile()
+
+
+def _without_reports(train_step: Any) -> Any:
+    """Return the step with the loss as its only report; the compiler removes what is not used."""
+
+    def with_loss(state: Any, *args: Any) -> tuple[Any, Any]:
+        state, metrics = train_step(state, *args)
+        return state, (metrics.loss, metrics.text_nll, metrics.image_nll, metrics.grad_norm)
+
+    return sharding.jit(with_loss, donate_argnums=0)
 
 
 def make_topology_mesh(topology: str, sizes: str) -> jax.sharding.Mesh:

@@ -10,6 +10,76 @@ from medmax_jax.configs import sampling
 
 
 def get_config() -> ConfigDict:
+    config = _model_config()
+    config.data = ConfigDict(
+        dict(
+            train="records/train",
+            validation="records/validation",
+            document_limit=2_048,  # MedMax training/data.py truncates here; ours omits them
+            seq_len=2_048,
+            batch_size=8,  # as in the paper
+            pack=True,
+            mask="answers",
+            condition_dropout=dict(text=0.0, image=0.0, all=0.0),  # off, as released
+            seed=0,
+            plan="",
+        )
+    )
+    config.mixing = ConfigDict(
+        dict(  # each document once per epoch, as in the MedMax release
+            by="source",
+            unit="documents",
+            weights="",
+            image_centric=False,
+            leave_out="",
+            fraction=1.0,
+            fraction_seed=0,
+        )
+    )
+    _add_optim(config)
+    config.train = ConfigDict(
+        dict(
+            trains="lora",
+            init_from="",
+            steps=1_000,
+            loss_weight="document",
+            residual_dropout=0.0,  # Chameleon's SFT: 0.05
+            seed=0,
+            prng_impl="threefry2x32",
+            compile="default",
+            log_every=10,
+            eval_every=500,
+            samples=0,
+            checkpoint_every=500,
+            keep=2,
+        )
+    )
+    config.stages = ()  # none, as in the paper
+    return config.lock()
+
+
+def _add_optim(config: ConfigDict) -> None:
+    """Add the section of the optimizer."""
+    config.optim = ConfigDict(
+        dict(  # peak and warm-up: the paper; the rest: HF Trainer defaults, which it did not change
+            peak_lr=1e-4,
+            warmup_ratio=0.1,
+            final_lr_ratio=0.0,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            clip_norm=1.0,
+            skip_window=0,  # off, as released; MaxText's are 128 and 6
+            skip_factor=6.0,
+            accumulate=1,
+            schedule="run",
+        )
+    )
+
+
+def _model_config() -> ConfigDict:
+    """Return the sections of the networks, the adapters, the loss, devices and sampling."""
     config = ConfigDict()
     config.vocab = ConfigDict(dict(size=65_536, image_codes=8_192, text_start=16_384))
     config.model = ConfigDict(
@@ -45,62 +115,10 @@ def get_config() -> ConfigDict:
             norm_groups=32,  # fixed in the code of taming-transformers
         )
     )
+    config.loss = ConfigDict(  # as released: no factors, no z-loss
+        dict(weights=dict(text=1.0, image=1.0, tasks=""), z=dict(text=0.0, image=0.0))
+    )
     config.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))  # MedMax training/train.py
     config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))
-    config.data = ConfigDict(
-        dict(
-            train="records/train",
-            validation="records/validation",
-            document_limit=2_048,  # MedMax training/data.py truncates here; ours omits them
-            seq_len=2_048,
-            batch_size=8,  # as in the paper
-            pack=True,
-            mask="answers",
-            seed=0,
-            plan="",
-        )
-    )
-    config.mixing = ConfigDict(
-        dict(  # each document once per epoch, as in the MedMax release
-            by="source",
-            unit="documents",
-            weights="",
-            image_centric=False,
-            leave_out="",
-            fraction=1.0,
-            fraction_seed=0,
-        )
-    )
-    config.optim = ConfigDict(
-        dict(  # peak and warm-up: the paper; the rest: HF Trainer defaults, which it did not change
-            peak_lr=1e-4,
-            warmup_ratio=0.1,
-            final_lr_ratio=0.0,
-            b1=0.9,
-            b2=0.999,
-            eps=1e-8,
-            weight_decay=0.0,
-            clip_norm=1.0,
-            skip_window=0,  # off, as released; MaxText's are 128 and 6
-            skip_factor=6.0,
-            accumulate=1,
-        )
-    )
-    config.train = ConfigDict(
-        dict(
-            trains="lora",
-            init_from="",
-            steps=1_000,
-            loss_weight="document",
-            seed=0,
-            prng_impl="threefry2x32",
-            compile="default",
-            log_every=10,
-            eval_every=500,
-            samples=0,
-            checkpoint_every=500,
-            keep=2,
-        )
-    )
     config.sample = ConfigDict(sampling.SETS["medmax_eval"])
-    return config.lock()
+    return config

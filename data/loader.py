@@ -14,29 +14,39 @@ packed epochs; host h of H reads the h-th of H equal parts of the rows of a step
 
 `weights[:, t]` belongs to the prediction of ids[:, t] from the tokens before it, so the loss of a
 step is sum(weights * nll); the weights sum to 1 over the global batch. With loss_weight token, each
-scored token above has weight 1/5.
+scored token above has weight 1/5. The factors of config.loss.weights multiply these weights before
+their sum is made 1 again.
 """
 
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
 import jax
 import numpy as np
+from jaxtyping import Float
 
-from medmax_jax.config import Run
-from medmax_jax.data.packing import mixing
+from medmax_jax.config import ConditionDropout, LossWeights, Run, task_weights
+from medmax_jax.data.packing import condition_dropout, mixing
+from medmax_jax.data.packing.condition_dropout import trained_tokens
+from medmax_jax.data.packing.pack import Row
+from medmax_jax.data.packing.stages import StagedLoader
 from medmax_jax.data.records import reader
-from medmax_jax.data.records.document import Document, RecordsError, loss_mask
+from medmax_jax.data.records.document import RecordsError
 from medmax_jax.endpoints import egress
-from medmax_jax.models.vocab import PAD
+from medmax_jax.models.guidance_streams import FULL
+from medmax_jax.models.vocab import PAD, is_image
 from medmax_jax.training.batch import MAX_GROUPS, Batch, BatchStats
 
 
-def train_batches(run: Run, folder: str) -> "BatchLoader":
+def train_batches(run: Run, folder: str) -> "BatchLoader | StagedLoader":
     """Return the training batches: `run.train.steps` batches, over as many epochs as they need."""
-    return BatchLoader(run, folder, one_pass=False)
+    if not run.stages:
+        return BatchLoader(run, folder, one_pass=False)
+    records = reader.open_records(folder)
+    return StagedLoader(run, lambda part: BatchLoader(part, folder, records, one_pass=False))
 
 
 def eval_batches(run: Run, folder: str) -> "BatchLoader":
@@ -51,19 +61,24 @@ class BatchLoader:
         self,
         run: Run,
         folder: str,
+        records: reader.Records | None = None,  # of the folder, if it is open
         *,
         one_pass: bool,
         host: int | None = None,  # default: this process
         hosts: int | None = None,  # default: all processes
     ):
-        self.records = reader.open_records(folder)
+        self.records = reader.open_records(folder) if records is None else records
         self._run = run
         self._host = jax.process_index() if host is None else host
         self._hosts = jax.process_count() if hosts is None else hosts
         self._check()
         self._mixing = run.mixing
-        if one_pass:  # each held-out document is used exactly once, whatever training draws
+        if one_pass:  # each held-out document once and complete, whatever training draws or weighs
             self._mixing = dataclasses.replace(run.mixing, weights="", leave_out="", fraction=1.0)
+            complete = dataclasses.replace(run.data, condition_dropout=ConditionDropout.off())
+            unweighted = dataclasses.replace(run.loss, weights=LossWeights.off())
+            run = self._run = dataclasses.replace(run, data=complete, loss=unweighted)
+        self._set_task_weights()
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
         if run.data.plan not in ("", self.plan) and not one_pass:
@@ -95,16 +110,20 @@ class BatchLoader:
     def stats(self, step: int) -> BatchStats:
         """Return the counts of the complete batch of a step, without reading its documents."""
         size, seq_len = self._run.data.batch_size, self._run.data.seq_len
-        documents = np.concatenate(self._rows(self._in_range(step)))
+        rows = self._rows(self._in_range(step))
+        documents, lengths, streams = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         columns = (mask := self._run.data.mask, f"{mask}_image")
-        scored, image = (int(self.records.index[n][documents].sum()) for n in columns)
-        lengths = self.records.index["length"][documents].astype(np.int64)
+        scored, image = (self.records.index[n][documents].astype(np.int64) for n in columns)
+        dropped, codes = streams != FULL, self.records.layout.codes_per_image
+        scored, image = (np.where(dropped, codes, n) for n in (scored, image))
+        lengths = lengths.astype(np.int64)
         tokens = int(lengths.sum())
         return BatchStats(
             epoch=self._epochs.epoch(step * size),
             documents=len(documents),
-            scored_text=scored - image,
-            scored_image=image,
+            scored_text=int((scored - image).sum()),
+            scored_image=int(image.sum()),
+            loss_weight=float(self._loss_weight(documents, scored, image).sum()),
             tokens=tokens,
             squared_lengths=int((lengths**2).sum()),
             fill=tokens / (size * seq_len),
@@ -116,7 +135,7 @@ class BatchLoader:
             f"{d.source}/sha256:{hashlib.sha256(d.id.encode()).hexdigest()[:16]}"
             if egress.is_credentialed(d.credential)
             else f"{d.source}/{d.id}"
-            for d in self.records.read(np.concatenate(self._rows(self._in_range(step))))
+            for d in self.records.read(self._documents(self._in_range(step)))
         ]
 
     def epoch_tokens(self) -> int:
@@ -127,7 +146,7 @@ class BatchLoader:
     def describe(self) -> list[str]:
         """Return log lines about an epoch: a summary, a table of shares, and what is left out."""
         records, data, plan = self.records, self._run.data, self._epochs.first
-        tokens = int(records.index["length"][plan.documents].sum())
+        tokens = int(plan.lengths.sum())
         lines = [
             f"{len(records):,} documents of {records.folder}; an epoch draws "
             f"{len(plan.documents):,} into {len(plan):,} rows of {data.seq_len:,} tokens, "
@@ -139,6 +158,9 @@ class BatchLoader:
         lines += [
             f"{name:{width}}  {d:9.1%}  {t:7.1%}  {n:17.3g}" for name, (d, t, n) in shares.items()
         ]
+        if data.condition_dropout != ConditionDropout.off():
+            counts = condition_dropout.stream_counts(plan).items()
+            lines.append("condition dropout: " + ", ".join(f"{n} {name}" for name, n in counts))
         long = np.flatnonzero(records.index["length"] > data.document_limit)
         if long.size:
             names = ", ".join(d.id for d in records.read(long[:5])) + ", ..." * (long.size > 5)
@@ -152,17 +174,63 @@ class BatchLoader:
         rows, stats = self._rows(int(step)), self.stats(int(step))
         share = len(rows) // self._hosts
         rows = rows[self._host * share : (self._host + 1) * share]
-        numbers = np.concatenate(rows)
-        documents = zip(self.records.read(numbers), self._kind[numbers].tolist(), strict=True)
-        return _batch([[next(documents) for _ in row] for row in rows], stats, self._run)
+        numbers, _, streams = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        mask = self._run.data.mask
+        trained = [
+            TrainedDocument(*trained_tokens(document, stream, self.records, mask), kind, weight)
+            for document, stream, kind, weight in zip(
+                self.records.read(numbers),
+                streams.tolist(),
+                self._kind[numbers],
+                self._task_weight[self.records.index["task"][numbers]],
+                strict=True,
+            )
+        ]
+        documents = iter(trained)
+        return _batch([[next(documents) for _ in row.documents] for row in rows], stats, self._run)
 
-    def _rows(self, step: int) -> list[np.ndarray]:
-        """Return the document numbers of each row of the global batch."""
-        size, none = self._run.data.batch_size, np.zeros(0, np.int32)
+    def _rows(self, step: int) -> list[Row]:
+        """Return the rows of the global batch."""
+        size, none = self._run.data.batch_size, Row(*3 * [np.zeros(0, np.int32)])
         return [
             self._epochs.row(i) if self._last is None or i < self._last else none
             for i in range(step * size, (step + 1) * size)
         ]
+
+    def _documents(self, step: int) -> np.ndarray:
+        """Return the numbers of the documents of a step."""
+        return np.concatenate([row.documents for row in self._rows(step)])
+
+    def _loss_weight(
+        self, documents: np.ndarray, scored: np.ndarray, image: np.ndarray
+    ) -> Float[np.ndarray, "n"]:
+        """Return the sum of each document's loss weights before their sum is made 1.
+
+        `scored`, `image`: its scored tokens, and those of them that are image codes.
+        """
+        run, weights = self._run, self._run.loss.weights
+        sums = weights.text * (scored - image) + weights.image * image
+        if run.train.loss_weight == "document":
+            sums = sums / np.maximum(scored, 1)
+        return self._task_weight[self.records.index["task"][documents]] * sums
+
+    def _set_task_weights(self) -> None:
+        """Set the factor of each task; raise RecordsError if the weights train no document."""
+        weights, names = self._run.loss.weights, self.records.names("task")
+        named, folder = task_weights(weights), self.records.folder
+        if unknown := [name for name in named if name not in names]:
+            raise RecordsError(
+                f"config.loss.weights.tasks is {weights.tasks!r}: {folder} has no task "
+                f"{unknown[0]!r}; use names from {', '.join(names)}"
+            )
+        self._task_weight = np.array([named.get(name, 1.0) for name in names])
+        columns = (mask := self._run.data.mask, f"{mask}_image")
+        counts = (self.records.index[name] for name in columns)
+        if not self._loss_weight(np.arange(len(self.records)), *counts).any():
+            raise RecordsError(
+                f"config.loss.weights is {weights}: every scored token of {folder} has weight 0, "
+                "so nothing would train; increase a weight"
+            )
 
     def _in_range(self, step: int) -> int:
         if not 0 <= step < len(self):
@@ -202,21 +270,29 @@ def _kinds(records: reader.Records) -> tuple[list[tuple[str, str]], np.ndarray]:
     return names, kind.astype(np.int32)
 
 
-def _batch(rows: list[list[tuple[Document, int]]], stats: BatchStats, run: Run) -> Batch:
+class TrainedDocument(NamedTuple):
+    """What a batch needs of a document; with condition dropout, of one of its streams."""
+
+    tokens: np.ndarray
+    scored: np.ndarray
+    kind: int
+    weight: float  # of its task
+
+
+def _batch(rows: list[list[TrainedDocument]], stats: BatchStats, run: Run) -> Batch:
     shape = (len(rows), run.data.seq_len)
     ids, weights = np.full(shape, PAD, np.int32), np.zeros(shape, np.float32)
     segments, positions, kinds = (np.zeros(shape, np.int32) for _ in range(3))
+    factors, total = run.loss.weights, stats.loss_weight or 1.0  # 0: no document is weighted
     for r, row in enumerate(rows):
         start = 0
-        for n, (document, kind) in enumerate(row):
-            span = slice(start, start + len(document.tokens))
-            ids[r, span] = document.tokens
+        for n, (tokens, mask, kind, weight) in enumerate(row):
+            span = slice(start, start + len(tokens))
+            ids[r, span] = tokens
             segments[r, span], kinds[r, span] = n + 1, kind
-            positions[r, span] = np.arange(len(document.tokens))
-            mask = loss_mask(document.tokens, run.data.mask, document.turns)
-            if run.train.loss_weight == "document":
-                weights[r, span] = mask / (mask.sum() * stats.documents)
-            else:
-                weights[r, span] = mask / (stats.scored_text + stats.scored_image)
+            positions[r, span] = np.arange(len(tokens))
+            weighted = mask * np.where(is_image(tokens, run.vocab), factors.image, factors.text)
+            scored = mask.sum() if run.train.loss_weight == "document" else 1
+            weights[r, span] = weight * weighted / (scored * total)
             start = span.stop
     return Batch(ids, segments, positions, weights, kinds)

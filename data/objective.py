@@ -1,9 +1,12 @@
-"""python -m data.objective [--records D] [--mask answers]: print the shares of the loss by task.
+"""python -m data.objective [--records D] [--text 1 --image 1]: print the shares of the loss.
 
 The mask itself is made by `loss_mask` in data/records/document.py.
 
     document   the mean of each document's mean: a task weighs as many documents as it has
     token      the mean over scored tokens: it weighs as many tokens as its answers have
+
+--text, --image and --tasks are config.loss.weights: factors of these weights, whose sum is then
+made 1 again. Without them the factors are 1.
 
 The share of a task is the sum of the loss weights of its targets. It equals the task's share of the
 gradient if each target's own gradient has the same size. For a folder of records the shares are
@@ -18,9 +21,11 @@ that agrees with the published mean of 1,156 tokens per document:
 
 import argparse
 import dataclasses
+import math
 import sys
 
 from medmax_jax import arguments
+from medmax_jax.config import LossWeights, check_loss_weights, task_weights
 from medmax_jax.data.mixture import (
     CAPTION,
     CAPTION_SHARE,
@@ -36,6 +41,7 @@ IMAGE, MEAN = 1_026, 1_156  # tokens of an image with BOI and EOI, and of a docu
 CODES = 1_024  # of an image; BOI and EOI are text targets
 CONTROL = 3  # BOS, SEP and EOS
 VQA_ANSWER = 1  # the evaluation allows one token for closed and multiple-choice answers
+CHOICES = ("document", "token")  # of config.train.loss_weight
 QUESTION = 15  # tokens of a question; not published, so a flag
 
 
@@ -92,39 +98,56 @@ def groups_in_records(folder: str, mask: str) -> list[DocumentGroup]:
     ]
 
 
-def shares(groups: list[DocumentGroup]) -> dict[str, dict[str, float]]:
+def shares(groups: list[DocumentGroup], weights: LossWeights) -> dict[str, dict[str, float]]:
     """Return, by task, the percent of the objective under both choices, and the image codes' part.
 
-    VQA 50 %: 1 text; Image Generation 50 %: 1 text, 2 image
+    VQA 50 %: 1 text; Image Generation 50 %: 1 text, 2 image; all weights 1
         {"VQA": {"document": 50, "document_image": 0, "token": 25, "token_image": 0},
          "Image Generation": {50, 33.3, 75, 50}}
     """
-    all_percent = sum(group.percent for group in groups)
-    all_tokens = sum(group.percent * (group.text + group.image) for group in groups)
     table: dict[str, dict[str, float]] = {}
+    factors, totals = task_weights(weights), dict.fromkeys(CHOICES, 0.0)
     for group in groups:
-        names = ("document", "document_image", "token", "token_image")
+        names = (name for choice in CHOICES for name in (choice, f"{choice}_image"))
         row = table.setdefault(group.task, dict.fromkeys(names, 0.0))
-        document = 100 * group.percent / all_percent
-        row["document"] += document
-        row["document_image"] += document * group.image / (group.text + group.image)
-        row["token"] += 100 * group.percent * (group.text + group.image) / all_tokens
-        row["token_image"] += 100 * group.percent * group.image / all_tokens
-    return table
+        for choice in CHOICES:
+            scored = group.text + group.image if choice == "document" else 1
+            each = group.percent * factors.get(group.task, 1.0) / scored
+            text, image = each * weights.text * group.text, each * weights.image * group.image
+            row[choice] += text + image
+            row[f"{choice}_image"] += image
+            totals[choice] += text + image
+    if unknown := sorted(factors.keys() - table.keys()):
+        raise ValueError(
+            f"--tasks is {weights.tasks!r}: no document has the task {unknown[0]!r}; use names "
+            f"from {', '.join(table)}"
+        )
+    if not all(totals.values()):
+        raise ValueError(
+            "all targets have weight 0; increase --text, --image or a number of --tasks"
+        )
+    return {
+        task: {name: 100 * x / totals[name.partition("_")[0]] for name, x in row.items()}
+        for task, row in table.items()
+    }
 
 
-def markdown(groups: list[DocumentGroup]) -> str:
+def markdown(groups: list[DocumentGroup], weights: LossWeights) -> str:
     """Return the table of docs/explanation/objective.md."""
-    table = shares(groups)
+    table = shares(groups, weights)
     lines = [
         "| task | `document` (image codes) | `token` (image codes) | ratio |",
         "|---|---|---|---|",
     ]
     for task, row in sorted(table.items(), key=lambda item: -item[1]["document"]):
-        ratio = row["document"] / row["token"]
+        ratio = row["document"] / row["token"] if row["token"] else math.nan  # weight 0
         lines.append(f"| {task} | {_percentages(row)} | {float(f'{ratio:.2g}'):g} |")
     total = {name: sum(row[name] for row in table.values()) for name in table[task]}
     lines.append(f"| all | {_percentages(total)} | |")
+    for name, sign in (("text, with BOI and EOI", -1), ("image codes", 1)):
+        parts = [total[f"{choice}_image"] for choice in CHOICES]
+        parts = [part if sign > 0 else 100 - part for part in parts]
+        lines.append(f"| {name} | {parts[0]:.1f}% | {parts[1]:.1f}% | |")
     return "\n".join(lines)
 
 
@@ -153,15 +176,25 @@ def main() -> None:
         help="share of captioning among captioning and image generation in the length model: that "
         "of the published chart by default, or 0.5 as in a summary of the paper",
     )  # fmt: skip
+    for name, what in (("text", "text targets"), ("image", "image codes")):
+        parser.add_argument(
+            f"--{name}", type=float, default=1.0, help=f"config.loss.weights.{name}, of {what}"
+        )
+    parser.add_argument(
+        "--tasks", default="", metavar="'VQA=2, ...'", help="config.loss.weights.tasks"
+    )
     args = parser.parse_args()
+    weights = LossWeights(text=args.text, image=args.image, tasks=args.tasks)
     try:
+        check_loss_weights(weights)
         if args.records:
             groups = groups_in_records(args.records, args.mask)
         else:
             groups = published_groups(question=args.question, caption_share=args.captions)
-    except ValueError as error:  # RecordsError is a subclass
+        table = markdown(groups, weights)
+    except ValueError as error:  # RecordsError and ConfigError are subclasses
         sys.exit(str(error))
-    print(markdown(groups))
+    print(table)
 
 
 if __name__ == "__main__":

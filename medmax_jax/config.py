@@ -10,6 +10,7 @@ raise ConfigError.
 import dataclasses
 import hashlib
 import json
+import math
 import types
 from typing import Any
 
@@ -42,9 +43,7 @@ class Model:
     rope_theta: float
     rms_norm_eps: float
     qk_norm_eps: float
-    qk_norm_shards: (
-        int  # rows of the q/k-norm gains: 1 for 7B, 4 for 30B (one per model-parallel shard)
-    )
+    qk_norm_shards: int  # rows of the q/k-norm gains: 1 for 7B, 4 for 30B (model-parallel shards)
     swin_norm: bool  # 30B: norms after attention and MLP instead of before
     param_dtype: str  # of the frozen base weights
     quant: str  # none | int8 | int4 | nf4: format of the matrices inside the layers
@@ -93,6 +92,19 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionDropout:
+    """Probabilities that a document with an image to generate is trained without its condition."""
+
+    text: float  # without the text: the image-only stream, the unconditional one without an image
+    image: float  # without the images of the condition: the text-only stream
+    all: float  # without either: the unconditional stream
+
+    @classmethod
+    def off(cls) -> "ConditionDropout":
+        return cls(text=0.0, image=0.0, all=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     train: str  # folder of ArrayRecord shards; a gs:// folder is first copied to this host
     validation: str  # as `train`; empty: no validation
@@ -101,6 +113,7 @@ class Data:
     batch_size: int  # rows per step, over all devices
     pack: bool  # several documents per row; otherwise one
     mask: str  # answers | release: which tokens are scored
+    condition_dropout: ConditionDropout  # 0, 0 and 0: every document is trained complete
     seed: int
     plan: str  # SHA-256 of the packing plan that the run requires; empty: any
 
@@ -117,6 +130,33 @@ class Mixing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Factors of the loss of single targets, before the sum of all weights of a step is made 1."""
+
+    text: float  # of text targets, BOI and EOI included
+    image: float  # of image codes
+    tasks: str  # "VQA=2, Visual Chat=0.5": of all targets of a task's documents; others 1
+
+    @classmethod
+    def off(cls) -> "LossWeights":
+        return cls(text=1.0, image=1.0, tasks="")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ZLoss:
+    """Coefficients of (log Z)^2, Z being the sum of exp of all logits of a position; 0: off."""
+
+    text: float  # where the target is text
+    image: float  # where it is an image code
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    weights: LossWeights
+    z: ZLoss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
     peak_lr: float
     warmup_ratio: float  # of all steps
@@ -128,6 +168,7 @@ class Optim:
     clip_norm: float
     skip_window: int  # steps against which a spike is measured; 0: no step is skipped
     skip_factor: float  # standard deviations above the mean of those steps
+    schedule: str  # run | stage: what warm-up and cosine span
     accumulate: int  # microbatches per step, in sequence; 1: the complete batch at once
 
 
@@ -137,6 +178,7 @@ class Train:
     init_from: str  # folder of base weights, or hf://ORG/NAME; empty: random weights
     steps: int
     loss_weight: str  # document | token
+    residual_dropout: float  # of what attention and MLP add to the residual stream
     seed: int
     prng_impl: str  # threefry2x32 | rbg | unsafe_rbg
     compile: str  # default | gather: options of the TPU compiler, see step.py
@@ -165,6 +207,21 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run, with settings in place of the run's; a field that a file omits is the run's.
+
+    `mixing`, `condition_dropout` and `loss_weights` are of config.mixing, config.data and
+    config.loss.
+    """
+
+    steps: int
+    mixing: Mixing
+    condition_dropout: ConditionDropout
+    loss_weights: LossWeights
+    trains: str  # "q_proj, mlp": parameters with such a part in their name; empty: all that train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     vocab: Vocab
     model: Model
@@ -173,9 +230,11 @@ class Run:
     mesh: Mesh
     data: Data
     mixing: Mixing
+    loss: Loss
     optim: Optim
     train: Train
     sample: Sample
+    stages: tuple[Stage, ...]  # in sequence; none: the settings above from first to last step
 
 
 CHOICES = {
@@ -187,6 +246,7 @@ CHOICES = {
     "data.mask": ("answers", "release"),
     "mixing.by": ("source", "task"),
     "mixing.unit": ("documents", "tokens"),
+    "optim.schedule": ("run", "stage"),
     "sample.budget": ("answer", "segment"),
     "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
@@ -224,8 +284,21 @@ BOUNDS = {
     "mesh.data": (1, 1 << 20),
     "mesh.fsdp": (1, 1 << 20),
 }
+# Fields that older configs, runs and checkpoints lack, with the value that they meant.
+ADDED = {
+    "data.condition_dropout": {"text": 0.0, "image": 0.0, "all": 0.0},
+    "run.loss": {
+        "weights": {"text": 1.0, "image": 1.0, "tasks": ""},
+        "z": {"text": 0.0, "image": 0.0},
+    },
+    "train.residual_dropout": 0.0,
+    "optim.schedule": "run",
+    "run.stages": [],
+}
 MAX_POSITIONS = 1 << 24  # RoPE computes in fp32, which has no odd numbers beyond
 MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
+MAX_STAGES = 64
+STAGE_SEED = 1 << 20  # added to data.seed for each stage, so that no two have the same order
 
 
 def build(cls: type, config: Any) -> Any:
@@ -238,9 +311,39 @@ def build(cls: type, config: Any) -> Any:
 
 def from_config_dict(config: ConfigDict | dict[str, Any]) -> Run:
     """Return the typed run of a config; also raises ConfigError on contradictory settings."""
-    run = build(Run, config)
+    settings = config.to_dict() if isinstance(config, ConfigDict) else config
+    stages = settings.get("stages", ()) if isinstance(settings, dict) else ()
+    run = build(Run, settings | {"stages": ()} if stages else settings)
+    own = {
+        "mixing": dataclasses.asdict(run.mixing),
+        "condition_dropout": dataclasses.asdict(run.data.condition_dropout),
+        "loss_weights": dataclasses.asdict(run.loss.weights),
+        "trains": "",
+    }
+    if isinstance(stages, (list, tuple)):
+        stages = [_merged(own, stage) for stage in stages]
+    run = dataclasses.replace(run, stages=_value(tuple[Stage, ...], stages, "config.stages"))
     check(run)
     return run
+
+
+def run_of_stage(run: Run, number: int) -> Run:
+    """Return the run that a stage is by itself: its settings and steps, and no stages."""
+    stage = run.stages[number]
+    return dataclasses.replace(
+        run,
+        data=data_of_stage(run.data, stage, number),
+        mixing=stage.mixing,
+        loss=dataclasses.replace(run.loss, weights=stage.loss_weights),
+        train=dataclasses.replace(run.train, steps=stage.steps),
+        stages=(),
+    )
+
+
+def data_of_stage(data: Data, stage: Stage, number: int) -> Data:
+    """Return the settings of a stage's rows; those of stage 0 have the run's seed."""
+    seed = data.seed + STAGE_SEED * number
+    return dataclasses.replace(data, condition_dropout=stage.condition_dropout, seed=seed, plan="")
 
 
 def check(run: Run) -> None:
@@ -251,6 +354,13 @@ def check(run: Run) -> None:
         _rule(value in allowed, name, value, f"one of {', '.join(allowed)}")
     check_model(run.model, run.vocab, run.vq)
     _check_sizes(run)
+    check_condition_dropout(run.data.condition_dropout)
+    check_loss_weights(run.loss.weights)
+    rate = run.train.residual_dropout
+    _rule(0 <= rate < 1, "train.residual_dropout", rate, "in [0, 1)")
+    for name, value in dataclasses.asdict(run.loss.z).items():
+        _rule(0 <= value < math.inf, f"loss.z.{name}", value, "at least 0, and finite")
+    _check_stages(run)
 
 
 def check_model(model: Model, vocab: Vocab, vq: VQ) -> None:
@@ -306,6 +416,8 @@ def _build(cls: type, values: Any, where: str) -> Any:
         near = nearest(name, fields)
         hint = f"did you mean {where}.{near}? The" if near else "the"
         raise ConfigError(f"{where}.{name} is not a field; {hint} fields are {_names(cls)}")
+    section = cls.__name__.lower()
+    values = {n: ADDED[f"{section}.{n}"] for n in fields if f"{section}.{n}" in ADDED} | values
     if missing := sorted(set(fields) - set(values)):
         raise ConfigError(
             f"{where}.{missing[0]} is missing; set it (configs/base.py lists all fields)"
@@ -337,6 +449,13 @@ def check_bounds(name: str, value: Any, where: str) -> None:
         raise ConfigError(f"{where} is {quoted(value)}; it must be {allowed}")
 
 
+def _merged(own: Any, given: Any) -> Any:
+    """Return `own` with the values of `given`, of nested sections too; anything else unchanged."""
+    if not isinstance(own, dict) or not isinstance(given, dict):
+        return given
+    return own | {name: _merged(own.get(name), value) for name, value in given.items()}
+
+
 def _names(cls: type) -> str:
     return ", ".join(f.name for f in dataclasses.fields(cls))
 
@@ -346,6 +465,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return _build(kind, value, where)
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _value(kind.__args__[0], value, where)
+    if kind == tuple[Stage, ...]:
+        if not isinstance(value, (list, tuple)) or len(value) > MAX_STAGES:
+            requirement = f"a list of at most {MAX_STAGES} sections"
+            raise ConfigError(f"{where} is {quoted(value)}; it must be {requirement}")
+        return tuple(_value(Stage, stage, f"{where}[{n}]") for n, stage in enumerate(value))
     if kind == tuple[str, ...]:  # a list, or its names separated by commas
         names = [v for v in value.split(",") if v] if isinstance(value, str) else value
         if not isinstance(names, (list, tuple)) or not all(type(v) is str for v in names):
@@ -382,58 +506,89 @@ def _check_sizes(run: Run) -> None:
     _rule(0 < share <= 1, "mixing.fraction", share, "above 0 and at most 1")
     _rule(run.optim.accumulate > 0, "optim.accumulate", run.optim.accumulate, "above 0")
     rows = run.mesh.data * run.mesh.fsdp * run.optim.accumulate
-    _rule(
-        d.batch_size % rows == 0,
-        "data.batch_size",
-        d.batch_size,
-        f"a multiple of data x fsdp x optim.accumulate = {rows}",
-    )
+    requirement = f"a multiple of data x fsdp x optim.accumulate = {rows}"
+    _rule(d.batch_size % rows == 0, "data.batch_size", d.batch_size, requirement)
     lora, full = run.train.trains == "lora", run.train.trains == "full"
-    _rule(
-        not lora or run.lora.rank > 0,
-        "lora.rank",
-        run.lora.rank,
-        "above 0 when train.trains is lora",
-    )
-    requirement = f"0 when train.trains is {run.train.trains}"
-    _rule(lora or run.lora.rank == 0, "lora.rank", run.lora.rank, requirement)
-    full_precision = (
-        m.param_dtype == "float32" or not full
-    )  # bfloat16 would round small updates away
+    rank, requirement = run.lora.rank, f"0 when train.trains is {run.train.trains}"
+    _rule(not lora or rank > 0, "lora.rank", rank, "above 0 when train.trains is lora")
+    _rule(lora or rank == 0, "lora.rank", rank, requirement)
+    full_precision = m.param_dtype == "float32" or not full  # bfloat16 rounds small updates away
     _rule(full_precision, "model.param_dtype", m.param_dtype, "float32 when train.trains is full")
     if m.attention.startswith("splash"):
         _rule(d.seq_len % 128 == 0, "data.seq_len", d.seq_len, "a multiple of 128 for splash")
     supported = m.compute_dtype == "bfloat16" or m.attention != "cudnn"  # its kernels have no fp32
-    _rule(
-        supported, "model.compute_dtype", m.compute_dtype, "bfloat16 when model.attention is cudnn"
-    )
+    requirement = "bfloat16 when model.attention is cudnn"
+    _rule(supported, "model.compute_dtype", m.compute_dtype, requirement)
     unquantized = m.quant == "none"  # convert makes quantized matrices; a full export has none
     requirement = f"none when train.trains is {run.train.trains}"
     _rule(unquantized or lora, "model.quant", m.quant, requirement)
-    _rule(
-        unquantized or bool(run.train.init_from),
-        "train.init_from",
-        "",
-        f"set when model.quant is {m.quant}",
-    )
+    has_base, requirement = bool(run.train.init_from), f"set when model.quant is {m.quant}"
+    _rule(unquantized or has_base, "train.init_from", "", requirement)
     _rule(0 <= run.lora.dropout < 1, "lora.dropout", run.lora.dropout, "in [0, 1)")
-    _rule(
-        0 <= run.optim.warmup_ratio < 1, "optim.warmup_ratio", run.optim.warmup_ratio, "in [0, 1)"
-    )
+    warmup = run.optim.warmup_ratio
+    _rule(0 <= warmup < 1, "optim.warmup_ratio", warmup, "in [0, 1)")
     window, factor = run.optim.skip_window, run.optim.skip_factor
     _rule(window == 0 or window > 1, "optim.skip_window", window, "0, or above 1")
     _rule(not window or factor > 0, "optim.skip_factor", factor, "above 0")
     for name in ("eval_every", "samples"):
-        _rule(
-            getattr(run.train, name) >= 0, f"train.{name}", getattr(run.train, name), "at least 0"
-        )
+        value = getattr(run.train, name)
+        _rule(value >= 0, f"train.{name}", value, "at least 0")
     samples_possible = not run.train.samples or bool(run.train.init_from and run.data.validation)
-    requirement = (
-        "0 unless train.init_from (for its tokenizer and VQGAN) and data.validation are set"
-    )
+    requirement = "0 unless train.init_from (its tokenizer and VQGAN) and data.validation are set"
     _rule(samples_possible, "train.samples", run.train.samples, requirement)
     for name in ("steps", "log_every", "checkpoint_every", "keep"):
         _rule(getattr(run.train, name) > 0, f"train.{name}", getattr(run.train, name), "above 0")
+
+
+def _check_stages(run: Run) -> None:
+    for number, stage in enumerate(run.stages):
+        _rule(stage.steps > 0, f"stages[{number}].steps", stage.steps, "above 0")
+        try:
+            check(run_of_stage(run, number))
+        except ConfigError as error:
+            raise ConfigError(f"config.stages[{number}]: {error}") from error
+    if run.stages:
+        steps = [stage.steps for stage in run.stages]
+        requirement = f"{run.train.steps} in all, equal to train.steps, not {sum(steps)}"
+        _rule(sum(steps) == run.train.steps, "stages: steps", steps, requirement)
+
+
+def check_condition_dropout(dropout: ConditionDropout) -> None:
+    """Raise ConfigError where a number is no probability, or all sum to more than 1."""
+    probabilities = dataclasses.asdict(dropout)
+    for name, value in probabilities.items():
+        requirement = "a probability, in 0..1"
+        _rule(0 <= value <= 1, f"data.condition_dropout.{name}", value, requirement)
+    requirement = "such that text, image and all sum to at most 1"
+    within = sum(probabilities.values()) <= 1
+    _rule(within, "data.condition_dropout", probabilities, requirement)
+
+
+def check_loss_weights(weights: LossWeights) -> None:
+    """Raise ConfigError on a factor that is negative or not finite, and where both are 0."""
+    for name in ("text", "image"):
+        value = getattr(weights, name)
+        _rule(0 <= value < math.inf, f"loss.weights.{name}", value, "at least 0, and finite")
+    both = {"text": weights.text, "image": weights.image}
+    requirement = "above 0 for text or image, else nothing trains"
+    _rule(any(both.values()), "loss.weights", both, requirement)
+    task_weights(weights)
+
+
+def task_weights(weights: LossWeights) -> dict[str, float]:
+    """Return the factor of each task that is named: {"VQA": 2.0, "Visual Chat": 0.5}."""
+    parsed: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in weights.tasks.split(","))):
+        name, _, number = (word.strip() for word in part.rpartition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        valid = bool(name) and name not in parsed and 0 <= value < math.inf
+        requirement = "name=number pairs separated by commas, each task once and at least 0: "
+        _rule(valid, "loss.weights.tasks", weights.tasks, f"{requirement}{part!r} is not")
+        parsed[name] = value
+    return parsed
 
 
 def _rule(holds: bool, name: str, value: Any, requirement: str) -> None:

@@ -44,8 +44,8 @@ from medmax_jax.models import chameleon, vocab
 from medmax_jax.sharding import make_mesh, shard_batch
 from medmax_jax.storage.atomic_folder import private_folder
 from medmax_jax.storage.folder import StorageError
-from medmax_jax.training import log_writer, reporting, samples, setup, step
-from medmax_jax.training.batch import Batch
+from medmax_jax.training import log_writer, reporting, samples, setup, stages, step
+from medmax_jax.training.batch import Batch, BatchSource
 from medmax_jax.training.reporting import Evaluator, Reporter, TrainContext, TrainError
 
 ERRORS = (
@@ -133,6 +133,11 @@ def run(
         mesh = setup.as_config_error(lambda: make_mesh(run.mesh))
         setup.as_config_error(lambda: step.check(run, mesh))
         stack.enter_context(jax.set_mesh(mesh))
+        abstract_model = setup.as_config_error(
+            lambda: chameleon.abstract_model(run.model, run.vocab, run.lora)
+        )
+        graph, abstract_trainable, _ = step.split_trainable(abstract_model, run.train.trains)
+        stages.check_trains(run, abstract_trainable)
 
         # ---- data
         train_data, eval_data = load_data(run)
@@ -146,13 +151,8 @@ def run(
         stack.callback(writer.close)
 
         # ---- model
-        abstract_model = setup.as_config_error(
-            lambda: chameleon.abstract_model(run.model, run.vocab, run.lora)
-        )
         key_init, key = jax.random.split(jax.random.key(run.train.seed, impl=run.train.prng_impl))
         key = jax.device_put(key, NamedSharding(mesh, P()))  # the loop makes no implicit transfer
-
-        # ---- restore
         store = CheckpointManager(work, keep=run.train.keep, log=writer.log)
         stack.callback(store.close)
         with clock.measure("load"), report_waiting("loading the weights", writer.log):
@@ -167,8 +167,7 @@ def run(
         context = TrainContext(
             run=run, work=work, mesh=mesh, writer=writer, clock=clock, stop=stop,
             checkpoints=store, train_data=train_data, eval_data=eval_data,
-            graph=step.split_trainable(abstract_model, run.train.trains)[0],
-            frozen=frozen, key=key, meta=meta,
+            graph=graph, frozen=frozen, key=key, meta=meta,
         )  # fmt: skip
         reporting.log_run_summary(context, state, start, changes)
 
@@ -177,7 +176,7 @@ def run(
         return _finish(context, state, last)
 
 
-def load_data(run: config.Run) -> tuple[loader.BatchLoader, loader.BatchLoader | None]:
+def load_data(run: config.Run) -> tuple[BatchSource, BatchSource | None]:
     """Return the training batches, and the validation batches or None.
 
     Raises RecordsError where a folder is missing, with the commands that make it.
@@ -223,27 +222,28 @@ def _loop(
         return state, reporter.last
     batches = job.train_data.stream(done)
     batch = _next(job, batches)
-    train_step = _compiled(job, state, batch)
+    programs = _compiled(job, state, batch, done)
     _check_stop(job, done)
     profiler = reporting.Profiler(job, options.profile, done)
     with jax.transfer_guard("disallow"), contextlib.closing(profiler):
         while done < t.steps:
             profiler.before(done + 1)
             with job.clock.measure("step"):
+                train_step = programs[stages.at(job.run, done)]
                 state, sums = train_step(state, job.frozen, batch, job.key)
             done += 1
             profiler.after(done, state)
             reporter.pending.append(sums)
-            last = done == t.steps
+            last, stage_ends = done == t.steps, done in stages.ends(job.run)
             if not last:
                 batch = _next(job, batches)  # while the device computes
-            if done % t.log_every == 0 or last:
+            if done % t.log_every == 0 or stage_ends:
                 reporter.report(done)
-            if t.eval_every and (done % t.eval_every == 0 or last) and job.eval_data:
+            if t.eval_every and (done % t.eval_every == 0 or stage_ends) and job.eval_data:
                 _evaluate(job, state, done, reporter, evaluator, sampler)
             job.checkpoints.check()
             signal_name = job.stop.poll()
-            if done % t.checkpoint_every == 0 or last or signal_name:
+            if done % t.checkpoint_every == 0 or stage_ends or signal_name:
                 _save(job, state, done, reporter)
             if signal_name and (reporter.eval_pending or not last):
                 _stop_after_checkpoint(job, signal_name, done)
@@ -274,18 +274,26 @@ def _evaluate(
         job.writer.log(f"samples after step {done}: {path}")
 
 
-def _compiled(job: TrainContext, state: step.TrainState, batch: Batch) -> Callable:
+def _compiled(
+    job: TrainContext, state: step.TrainState, batch: Batch, done: int
+) -> dict[int, Callable]:
+    """Return the training step of each remaining stage, compiled once for each `trains`."""
     job.stop.activity = "the compilation of the training step"
     waiting = report_waiting("compiling the training step", job.writer.log)
+    programs: dict[str, Callable] = {}
+    remaining = range(stages.at(job.run, done), len(stages.ends(job.run)))
     with job.clock.measure("compile"), waiting:
-        lowered = step.make_train_step(job.graph, job.run).lower(state, job.frozen, batch, job.key)
-        compiled = lowered.compile()
+        for number in remaining:
+            if (only := stages.trains(job.run, number)) not in programs:
+                train_step = step.make_train_step(job.graph, job.run, number)
+                lowered = train_step.lower(state, job.frozen, batch, job.key)
+                programs[only] = lowered.compile()
         barrier("the training step is compiled")
     job.stop.activity = "this step"
-    job.writer.log(
-        f"compiled in {job.clock.seconds['compile']:.1f} s; {reporting.memory_summary(compiled)}"
-    )
-    return compiled
+    memory = reporting.memory_summary(next(iter(programs.values())))
+    count = f"{len(programs)} training steps " if len(programs) > 1 else ""
+    job.writer.log(f"compiled {count}in {job.clock.seconds['compile']:.1f} s; {memory}")
+    return {number: programs[stages.trains(job.run, number)] for number in remaining}
 
 
 def _next(job: TrainContext, batches: Iterator[Batch]) -> Batch:

@@ -31,7 +31,7 @@ CHECKED = (
     "models plan quickstart scaling sharding "
     "sweep train train_vqgan training.cross_entropy training.log_writer training.loss "
     "training.lpips training.metrics training.optimizer training.reporting training.samples "
-    "training.setup training.step"
+    "training.setup training.stages training.step"
 ).split()
 install_import_hook([f"medmax_jax.{name}" for name in CHECKED], "beartype.beartype")
 

@@ -22,7 +22,6 @@ MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 LONG_FUNCTIONS = {  # may shrink, never grow; no new ones
     "medmax_jax/config.py:_check_sizes": 99,
-    "configs/base.py:get_config": 95,
 }
 FOLDER_SIZES = range(3, 14)  # modules of a folder, without __init__ and __main__
 SMALL_MODULE_LINES = 60

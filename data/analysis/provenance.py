@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
 
-from medmax_jax.config import ConfigError, Data, Mixing, build
+from medmax_jax.config import ConfigError, Data, Mixing, Stage, build
 from medmax_jax.data.analysis import near_duplicates, scan
 from medmax_jax.data.image_tokens.encoder import PrepareError, log
 from medmax_jax.data.image_tokens.store_reader import open_codes
-from medmax_jax.data.packing import mixing, plan_file
+from medmax_jax.data.packing import mixing, plan_file, stages
+from medmax_jax.data.packing.condition_dropout import trained_tokens
 from medmax_jax.data.packing.pack import PackError, Plan
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.io.text_files import TextFileError, read_json, read_objects
@@ -57,7 +58,10 @@ def find_image(query: str, folders: list[Path]) -> dict[str, Any]:
     matches = list(zip(inventory.records, documents, strict=True))
     found = dict(shards=[line for match in matches for line in _shards(*match)])
     found["codes"] = [line for store in inventory.codes for line in _code_shards(store, image)]
-    sources = {records.fingerprint: (records, numbers) for (records, _), numbers in matches}
+    sources = {
+        records.fingerprint: Matches(records, numbers, image.codes)
+        for (records, _), numbers in matches
+    }
     found["plans"] = [line for path in inventory.plans for line in _plan(path, sources)]
     found |= dict(runs=[], checkpoints=[])
     for path in inventory.runs:
@@ -117,6 +121,43 @@ class _Image:
         single = matching & (images == 1)
         self.codes |= set(columns.codes[single[columns.owner]].tolist())
         self.sha |= set(columns.sha[single & (columns.sha != 0)].tolist())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matches:
+    """The documents of a folder that show the image, and the names of its codes."""
+
+    records: Records
+    documents: np.ndarray
+    codes: set[int]
+
+    def rows_of(self, plan: Plan, mask: str) -> Int[np.ndarray, "_"]:
+        """Return the rows of a plan that show the image.
+
+        With data.condition_dropout, a document may be trained without some of its images. `mask`:
+        config.data.mask.
+        """
+        positions = np.flatnonzero(np.isin(plan.documents, self.documents))
+        shown = [
+            not stream or self._is_in_stream(document, stream, mask)
+            for document, stream in zip(
+                plan.documents[positions].tolist(), plan.streams[positions].tolist(), strict=True
+            )
+        ]
+        positions = positions[np.array(shown, bool)]
+        return np.unique(np.searchsorted(plan.starts, positions, side="right") - 1)
+
+    def _is_in_stream(self, number: int, stream: int, mask: str) -> bool:
+        """Return whether a stream shows the image; True also if its codes are not known."""
+        document = self.records[number]
+        tokens, _ = trained_tokens(document, stream, self.records, mask)
+        parts = (document, dataclasses.replace(document, tokens=tokens))
+        images = [scan.images_of(part, self.records) for part in parts]
+        known, left = (
+            self.codes & {near_duplicates.hash64(image.tobytes()) for image in part}
+            for part in images
+        )
+        return bool(left) or not known
 
 
 def _scanned(folder: Path) -> tuple[Records, scan.Columns]:
@@ -179,9 +220,7 @@ def _code_shards(folder: Path, image: _Image) -> Iterator[dict[str, Any]]:
         yield line | (dict(shard=shard, record=record) if index[i] >= 0 else dict(unreadable=True))
 
 
-def _plan(
-    path: Path, sources: dict[str, tuple[Records, Int[np.ndarray, "_"]]]
-) -> Iterator[dict[str, Any]]:
+def _plan(path: Path, sources: dict[str, Matches]) -> Iterator[dict[str, Any]]:
     """Yield rows of a saved plan, or a note that its records are not available."""
     try:
         saved = plan_file.load(path)
@@ -192,18 +231,13 @@ def _plan(
         records = header["records"][:16]
         yield dict(plan=str(path), unknown=f"its records {records} are not in these folders")
         return
-    rows = _rows(saved.plan, sources[header["records"]][1])
+    rows = sources[header["records"]].rows_of(saved.plan, header["settings"].get("mask", ""))
     if len(rows):
         yield dict(plan=str(path), epoch=header["epoch"], rows=rows.tolist())
 
 
-def _rows(plan: Plan, documents: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
-    positions = np.flatnonzero(np.isin(plan.documents, documents))
-    return np.unique(np.searchsorted(plan.starts, positions, side="right") - 1)
-
-
 def _run_and_checkpoints(
-    folder: Path, sources: dict[str, tuple[Records, Int[np.ndarray, "_"]]]
+    folder: Path, sources: dict[str, Matches]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return (steps at which the run reads the image, those before each of its checkpoints)."""
     starts = _history(folder)
@@ -267,39 +301,51 @@ def _check_start(line: dict[str, Any]) -> None:
             raise ValueError(f"field {name!r} is not of type {expected.__name__}")
     if not all(isinstance(line["config"][name], dict) for name in ("data", "mixing")):
         raise ValueError("config has no sections data and mixing")
+    if not isinstance(line["config"].get("stages", []), list):
+        raise ValueError("config.stages is not a list")
 
 
 def _steps_of_start(
     folder: Path,
     start: dict[str, Any],
     end: int,
-    sources: dict[str, tuple[Records, Int[np.ndarray, "_"]]],
+    sources: dict[str, Matches],
 ) -> tuple[list[tuple[int, int]], dict[str, Any] | None]:
     """Return steps start + 1 .. end at which the image was read, and a line about them."""
     line: dict[str, Any] = dict(run=str(folder), plan=start["plan"][:16])
-    in_validation = len(sources.get(start.get("validation", ""), ((), ()))[1])
+    held_out = sources.get(start.get("validation", ""))
+    in_validation = len(held_out.documents) if held_out else 0
     if in_validation:
         line |= dict(in_validation=in_validation)
     if start["data"] not in sources:
         return [], line | dict(unknown=f"its records {start['data'][:16]} are not in these folders")
-    records, documents = sources[start["data"]]
+    records, documents = (found := sources[start["data"]]).records, found.documents
     try:
-        data = build(Data, {"plan": ""} | start["config"]["data"])
-        epochs = mixing.epochs(records, data, build(Mixing, start["config"]["mixing"]))
+        parts = _stages(start["config"])
+        plans = [mixing.epochs(records, data, mixture) for data, mixture, *_ in parts]
     except (ConfigError, PackError) as error:
         return [], line | dict(unknown=f"its settings give no plan ({error})")
-    if epochs.first.fingerprint != start["plan"]:
+    if stages.fingerprint([epochs.first.fingerprint for epochs in plans]) != start["plan"]:
         return [], line | dict(unknown="its records and settings now give another plan")
-    seen, row, epoch, size = [], 0, 0, data.batch_size
-    while len(documents) and row < end * size:
-        plan = epochs.plan(epoch)
-        steps = np.unique((row + _rows(plan, documents)) // size) + 1
-        seen += [(int(s), epoch) for s in steps if start["start"] < s <= end]
-        row, epoch = row + len(plan), epoch + 1
+    seen = []
+    for (data, _, first, last), epochs in zip(parts, plans, strict=True):
+        last, row, epoch, size = min(last, end), 0, 0, data.batch_size
+        while len(documents) and row < (last - first) * size:
+            plan = epochs.plan(epoch)
+            steps = first + np.unique((row + found.rows_of(plan, data.mask)) // size) + 1
+            seen += [(int(s), epoch) for s in steps if start["start"] < s <= last]
+            row, epoch = row + len(plan), epoch + 1
     if seen:
         steps = dict(first_step=seen[0][0], epoch=seen[0][1], last_step=seen[-1][0])
         return seen, line | dict(seen=len(seen)) | steps
     return [], (line | dict(not_seen_by_step=end)) if len(documents) or in_validation else None
+
+
+def _stages(config: dict[str, Any]) -> list[tuple[Data, Mixing, int, float]]:
+    """Return packing.stages.parts of a run's settings, which may be older than some fields."""
+    data = build(Data, {"plan": ""} | config["data"])
+    run_stages = [build(Stage, stage) for stage in config.get("stages", [])]
+    return stages.parts(data, build(Mixing, config["mixing"]), run_stages)
 
 
 def _sorted_names(names: set[int]) -> UInt64[np.ndarray, "_"]:

@@ -18,12 +18,13 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from medmax_jax.config import Data, Mixing
-from medmax_jax.data.packing import pack
-from medmax_jax.data.packing.pack import Epochs, PackError
+from medmax_jax.data.packing import condition_dropout, pack
+from medmax_jax.data.packing.pack import Epochs, PackError, Plan
 from medmax_jax.data.records.reader import Records
 
 IMAGE_WINDOW = 256  # documents, two steps of 8 rows of 16,384: larger windows pack better
-# Streams of shuffles; pack.py itself uses stream 0 and the indices of windows.
+# Streams of shuffles; pack.py itself uses stream 0 and the indices of windows, and
+# condition_dropout.py 5 << 40.
 _REPEATS, _WINDOWS, _IMAGES, _FRACTION = 1 << 40, 2 << 40, 3 << 40, 4 << 40
 
 
@@ -100,16 +101,25 @@ def epochs(records: Records, data: Data, mixing: Mixing) -> Epochs:
     elif mixing.image_centric:
         images = records.index["image_path"][documents]
         windows = functools.partial(group_by_image, documents, images, seed=seed)
-    return Epochs(
-        records.index["length"], seq_len=data.seq_len, pack=data.pack, seed=seed,
-        windows=lambda epoch: windows(epoch=epoch),
-    )  # fmt: skip
+    streams = condition_dropout.streams_by_epoch(records, data, documents)
+
+    def plan(epoch: int) -> Plan:
+        trained = streams(epoch)
+        return pack.plan(
+            trained.length, seq_len=data.seq_len, pack=data.pack, seed=seed, epoch=epoch,
+            windows=windows(epoch=epoch), streams=trained.stream,
+        )  # fmt: skip
+
+    return Epochs(plan)
 
 
 def mixture_shares(
     records: Records, data: Data, mixing: Mixing
 ) -> dict[str, tuple[float, float, float]]:
-    """Return, by name, its share of an epoch's documents, of its tokens, and its repeats."""
+    """Return, by name, its share of an epoch's documents, of its tokens, and its repeats.
+
+    Documents count with all their tokens, whatever condition dropout leaves of them.
+    """
     documents = eligible_documents(records, data, mixing)
     group, draws = _grouped(records, documents, mixing)
     count = np.bincount(group, minlength=len(draws))

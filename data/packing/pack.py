@@ -6,7 +6,8 @@
 Every document of a window is in exactly one row, uncut; windows are stretches of an epoch's
 documents, by default of all of them shuffled, each once (mixing.py has the others). A plan is a
 function of (lengths, windows, seq_len, pack, seed, epoch) only, so a run can start at any step on
-any number of hosts.
+any number of hosts. With data.condition_dropout the lengths are a function of the epoch
+(condition_dropout.py).
 """
 
 import bisect
@@ -14,9 +15,10 @@ import dataclasses
 import hashlib
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt64
 
 # Documents packed together: enough for best fit to find partners, few enough to stay shuffled.
 WINDOW = 4_096
@@ -26,12 +28,22 @@ class PackError(ValueError):
     """Documents that cannot be packed or mixed; the message names them and states a fix."""
 
 
+class Row(NamedTuple):
+    """The documents of a row, in their order: number, tokens, and the stream of each."""
+
+    documents: np.ndarray
+    lengths: np.ndarray
+    streams: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """The rows of one epoch. Row i holds documents[starts[i]:starts[i + 1]]."""
 
     documents: np.ndarray  # int32 [documents of the epoch]
     starts: np.ndarray  # int64 [rows + 1]
+    lengths: np.ndarray  # int32 [documents of the epoch], tokens as trained
+    streams: np.ndarray  # uint8 [documents of the epoch], see models/guidance_streams.py
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -40,11 +52,18 @@ class Plan:
         """Return the documents of row i, in their order within the row."""
         return self.documents[self.starts[i] : self.starts[i + 1]]
 
+    def complete_row(self, i: int) -> Row:
+        """Return row i with the lengths and the streams of its documents."""
+        span = slice(self.starts[i], self.starts[i + 1])
+        return Row(self.documents[span], self.lengths[span], self.streams[span])
+
     @property
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the assignment of documents to rows."""
+        """Return the SHA-256 of the assignment of documents to rows, and of streams if any."""
         digest = hashlib.sha256(self.documents.astype("<i4").tobytes())
         digest.update(self.starts.astype("<i8").tobytes())
+        if self.streams.any():
+            digest.update(self.streams.tobytes())
         return digest.hexdigest()
 
 
@@ -56,19 +75,27 @@ def plan(
     seed: int,
     epoch: int,
     windows: list[np.ndarray] | None = None,
+    streams: Int[np.ndarray, "n"] | None = None,
 ) -> Plan:
     """Return the rows of one epoch; raise PackError if a document is longer than a row.
 
     Packing is best-fit decreasing within windows: each document, longest first, goes into the
     fullest row that still has enough free tokens. Rows are then shuffled within their window, so
     that a window does not begin with its long documents. `windows` None: every document once.
+    `streams` None: every document complete.
     """
     if windows is None:
         windows = shuffled(np.arange(len(lengths)), seed=seed, epoch=epoch)
     _check(lengths, windows, seq_len)
+    streams = np.zeros(len(lengths), np.uint8) if streams is None else streams
+
+    def make(documents: np.ndarray, starts: np.ndarray) -> Plan:
+        tokens = lengths[documents].astype(np.int32)
+        return Plan(documents, starts, tokens, streams[documents])
+
     if not pack:
         documents = np.concatenate(windows).astype(np.int32)
-        return Plan(documents, np.arange(len(documents) + 1))
+        return make(documents, np.arange(len(documents) + 1))
     placed, sizes, start = [], [], 0
     for window in windows:
         packed = _best_fit(window, lengths[window], seq_len)
@@ -76,33 +103,23 @@ def plan(
         placed.append(np.asarray([d for row in rows for d in row], np.int32))
         sizes.append(np.asarray([len(row) for row in rows]))
         start += len(window)
-    return Plan(np.concatenate(placed), np.cumsum(np.concatenate([[0], *sizes])))
+    return make(np.concatenate(placed), np.cumsum(np.concatenate([[0], *sizes])))
 
 
 class Epochs:
     """The rows of epochs 0, 1, 2, ... in sequence, without end; each epoch is planned on demand."""
 
-    def __init__(
-        self,
-        lengths: Int[np.ndarray, "n"],
-        *,
-        seq_len: int,
-        pack: bool,
-        seed: int,
-        windows: Callable[[int], list[np.ndarray] | None] = lambda epoch: None,
-    ):
-        self.plan = lambda epoch: plan(
-            lengths, seq_len=seq_len, pack=pack, seed=seed, epoch=epoch, windows=windows(epoch)
-        )
+    def __init__(self, make_plan: Callable[[int], Plan]):
+        self.plan = make_plan
         self.first = self.plan(0)
         self._plans = [self.first]
         self._starts = [0, len(self.first)]  # first row of each epoch, and of the next one
         self._lock = threading.Lock()  # a prefetching thread uses it too
 
-    def row(self, i: int) -> Int[np.ndarray, "n"]:
-        """Return the documents of row i of all epochs."""
+    def row(self, i: int) -> Row:
+        """Return row i of all epochs."""
         epoch = self.epoch(i)
-        return self._plans[epoch].row(i - self._starts[epoch])
+        return self._plans[epoch].complete_row(i - self._starts[epoch])
 
     def epoch(self, i: int) -> int:
         """Return the epoch that row i belongs to."""
@@ -127,8 +144,12 @@ def shuffle(n: int, seed: int, epoch: int, stream: int) -> Int[np.ndarray, "n"]:
     It uses sorted raw draws, not Generator.permutation: numpy guarantees the raw stream forever,
     the permutation only within one version, and a resumed run must reproduce its old order.
     """
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, stream]))
-    return np.argsort(bits.random_raw(n), kind="stable")
+    return np.argsort(raw_draws(n, seed, epoch, stream), kind="stable")
+
+
+def raw_draws(n: int, seed: int, epoch: int, stream: int) -> UInt64[np.ndarray, "n"]:
+    """Return n numbers of 64 random bits, different for each (seed, epoch, stream)."""
+    return np.random.PCG64(np.random.SeedSequence([seed, epoch, stream])).random_raw(n)
 
 
 def _best_fit(window: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[int]]:

@@ -3,6 +3,8 @@
     plan.npz   header     JSON as bytes: format, records, settings, epoch, names of labels
                documents  int32, starts int64: the rows, as in pack.Plan
                lengths    int32, source, task int32: of every document of the records
+               trained    int32, streams uint8: tokens and stream of each of `documents`, see
+                          condition_dropout.py; only with it, in format 2
                sha256     of the header and the arrays
 
 The file holds only numpy arrays, nothing pickled. A run whose config.data.plan is header["run"] has
@@ -21,17 +23,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from medmax_jax.config import Data, Mixing
+from medmax_jax.config import ConditionDropout, Data, Mixing
 from medmax_jax.data.packing import mixing
 from medmax_jax.data.packing.pack import PackError, Plan
 from medmax_jax.data.records.reader import Records
 from medmax_jax.io.errors import printable
 from medmax_jax.io.text_files import parse_object
+from medmax_jax.models.guidance_streams import STREAMS
 from medmax_jax.storage.folder import Folder
 
-FORMAT = 1
 SUFFIX = ".npz"
 ARRAYS = ("documents", "starts", "lengths", "source", "task")
+FORMATS = {1: ARRAYS, 2: (*ARRAYS, "trained", "streams")}
 _DAMAGE = (  # all errors that numpy, zipfile and zlib raise for changed bytes
     *(OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error),
@@ -54,12 +57,11 @@ class SavedPlan:
         if not 0 <= row < len(self.plan):
             raise PackError(f"--row is {row}; this epoch has rows 0..{len(self.plan) - 1}")
         documents, start = [], 0
-        for number in self.plan.row(row).tolist():
-            names = {n: self.header[f"{n}s"][getattr(self, n)[number]] for n in ("source", "task")}
-            documents.append(
-                dict(document=number, start=start, tokens=int(self.lengths[number])) | names
-            )
-            start += int(self.lengths[number])
+        for number, tokens, stream in zip(*self.plan.complete_row(row), strict=True):
+            line = dict(document=int(number), start=start, tokens=int(tokens))
+            line |= {n: self.header[f"{n}s"][getattr(self, n)[number]] for n in ("source", "task")}
+            documents.append(line | (dict(stream=STREAMS[stream]) if stream else {}))
+            start += int(tokens)
         return documents
 
 
@@ -72,11 +74,13 @@ def save(
     epochs = mixing.epochs(records, data, mixing_config)
     plan = epochs.plan(epoch)
     settings = dataclasses.asdict(data) | dataclasses.asdict(mixing_config)
+    dropped = data.condition_dropout != ConditionDropout.off()
+    unsaved = ("train", "validation", "plan", *(() if dropped else ("condition_dropout",)))
     header = dict(
-        format=FORMAT,
+        format=2 if dropped else 1,
         records=records.fingerprint,
         folder=records.folder.name,
-        settings={n: v for n, v in settings.items() if n not in ("train", "validation", "plan")},
+        settings={n: v for n, v in settings.items() if n not in unsaved},
         epoch=epoch,
         run=epochs.first.fingerprint,
         rows=plan.fingerprint,
@@ -85,6 +89,8 @@ def save(
     )
     arrays = dict(documents=plan.documents, starts=plan.starts, lengths=records.index["length"])
     arrays |= {name: records.index[name] for name in ("source", "task")}
+    if dropped:
+        arrays |= dict(trained=plan.lengths, streams=plan.streams)
     text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -104,18 +110,25 @@ def load(path: str | Path) -> SavedPlan:
     try:
         with _opened(path) as raw, np.load(raw, allow_pickle=False) as file:
             text, sha256 = file["header"], file["sha256"].tobytes().hex()
-            arrays = {name: file[name] for name in ARRAYS}
-        header = parse_object(text.tobytes(), "header")
-        version = header["format"]
+            header = parse_object(text.tobytes(), "header")
+            version = header["format"]
+            known = type(version) is int and version in FORMATS
+            arrays = {name: file[name] for name in FORMATS[version]} if known else {}
     except _DAMAGE as error:
         reason = printable(error)
         raise PackError(f"{path}: not a plan, or damaged ({reason}); {_FIX}") from error
-    if version != FORMAT:
+    if not known:
         version = printable(repr(version), 80)
-        raise PackError(f"{path}: plan format is {version}, expected {FORMAT}; {_FIX}")
+        raise PackError(f"{path}: plan format is {version}, expected 1 or 2; {_FIX}")
     if wrong := _wrong_part(header, arrays):
         raise PackError(f"{path}: {wrong} has a wrong type or range: damaged; {_FIX}")
-    plan = Plan(arrays["documents"], arrays["starts"])
+    complete = np.zeros(len(arrays["documents"]), np.uint8)
+    plan = Plan(
+        arrays["documents"],
+        arrays["starts"],
+        arrays.get("trained", arrays["lengths"][arrays["documents"]]),
+        arrays.get("streams", complete),
+    )
     if _digest(text, arrays) != sha256 or plan.fingerprint != header["rows"]:
         raise PackError(f"{path}: SHA-256 does not match the content: damaged; {_FIX}")
     return SavedPlan(
@@ -151,6 +164,11 @@ def _wrong_part(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
         if len(arrays[name]) != count:
             return name
         limits[name] = (arrays[name], len(header[f"{name}s"]))
+    for name, limit in (("trained", 1 << 31), ("streams", len(STREAMS))):
+        if name in arrays:
+            if len(arrays[name]) != len(documents):
+                return name
+            limits[name] = (arrays[name], limit)
     for name, (array, limit) in limits.items():
         if array.size and not (0 <= array.min() and array.max() < limit):
             return name
@@ -160,7 +178,7 @@ def _wrong_part(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
 
 def _digest(header: np.ndarray, arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256(header.tobytes())
-    for name in ARRAYS:
+    for name in arrays:
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
         digest.update(array.data)

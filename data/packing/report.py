@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from medmax_jax.config import Data, Mixing
-from medmax_jax.data.packing import mixing, pack, plan_file
+from medmax_jax.config import ConditionDropout, Data, Mixing
+from medmax_jax.data.packing import condition_dropout, mixing, pack, plan_file
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.writer import has_credentialed
+from medmax_jax.models.guidance_streams import STREAMS
 
 ROW_LENGTHS = (2_048, 4_096, 8_192, 16_384)
 STEP = 128  # rows are padded to a multiple of this if shapes are compiled
@@ -46,20 +47,16 @@ def report(
         raise pack.PackError(f"--epoch is {epoch}; the first is 0")
     epochs = mixing.epochs(records, data, mixing_config)
     plan, lengths = epochs.plan(epoch), records.index["length"]
-    longest = int(lengths[plan.documents].max())
+    longest = int(plan.lengths.max())
     long = np.flatnonzero(lengths > data.document_limit)
     summary = dict(
         plan=epochs.first.fingerprint,
         epoch=epoch,
         documents=len(plan.documents),
         rows=len(plan),
-        fill=round(packing_efficiency(lengths, plan, data.seq_len), 4),
-        fills=packing_efficiencies(
-            lengths[plan.documents], {*ROW_LENGTHS, data.seq_len}, longest, data.seed
-        ),
-        padded=padding_efficiency(
-            lengths[plan.documents], batch_size=data.batch_size, seed=data.seed
-        ),
+        fill=round(packing_efficiency(plan, data.seq_len), 4),
+        fills=packing_efficiencies(plan.lengths, {*ROW_LENGTHS, data.seq_len}, longest, data.seed),
+        padded=padding_efficiency(plan.lengths, batch_size=data.batch_size, seed=data.seed),
         shares={
             name: dict(documents=round(d, 4), tokens=round(t, 4), times=round(n, 4))
             for name, (d, t, n) in mixing.mixture_shares(records, data, mixing_config).items()
@@ -69,12 +66,14 @@ def report(
         if has_credentialed(records)
         else [d.id for d in records.read(long)],
     )
+    if data.condition_dropout != ConditionDropout.off():
+        summary["streams"] = condition_dropout.stream_counts(plan)
     return summary if row is None else summary | {f"row {row}": row_documents(records, plan, row)}
 
 
-def packing_efficiency(lengths: Int[np.ndarray, "n"], plan: pack.Plan, seq_len: int) -> float:
+def packing_efficiency(plan: pack.Plan, seq_len: int) -> float:
     """Return tokens divided by positions."""
-    return float(lengths[plan.documents].sum() / (len(plan) * seq_len))
+    return float(plan.lengths.sum() / (len(plan) * seq_len))
 
 
 def packing_efficiencies(
@@ -85,7 +84,7 @@ def packing_efficiencies(
     for seq_len in sorted(s for s in seq_lens if s >= longest):
         plan = pack.plan(lengths, seq_len=seq_len, pack=True, seed=seed, epoch=0)
         offline = lengths.sum() / (best_fit_row_count(lengths, seq_len) * seq_len)
-        ours = packing_efficiency(lengths, plan, seq_len)
+        ours = packing_efficiency(plan, seq_len)
         table[seq_len] = dict(rows=len(plan), fill=round(ours, 4), offline=round(float(offline), 4))
     return table
 
@@ -139,10 +138,13 @@ def row_documents(records: Records, plan: pack.Plan, row: int) -> list[dict[str,
         raise pack.PackError(f"--row is {row}; this epoch has rows 0..{len(plan) - 1}")
     names = ("source", "task") if has_credentialed(records) else _ROW_FIELDS
     documents, start = [], 0
-    for number, document in zip(plan.row(row), records.read(plan.row(row)), strict=True):
-        position = dict(document=int(number), start=start, tokens=len(document.tokens))
-        documents.append(position | {n: getattr(document, n) for n in names})
-        start += len(document.tokens)
+    complete = plan.complete_row(row)
+    read = records.read(complete.documents)
+    for document, number, tokens, stream in zip(read, *complete, strict=True):
+        line = dict(document=int(number), start=start, tokens=int(tokens))
+        line |= {n: getattr(document, n) for n in names}
+        documents.append(line | (dict(stream=STREAMS[stream]) if stream else {}))
+        start += int(tokens)
     return documents
 
 
@@ -197,6 +199,14 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     planned.add_argument("--weights", default="", help="config.mixing.weights: 'name=3, other=1'")
     planned.add_argument(
+        "--mask", choices=("answers", "release"), default="answers",
+        help="config.data.mask, which selects the documents of --condition_dropout",
+    )  # fmt: skip
+    planned.add_argument(
+        "--condition_dropout", default="", metavar="'text=P, image=P, all=P'",
+        help="config.data.condition_dropout",
+    )  # fmt: skip
+    planned.add_argument(
         "--image_centric", action="store_true", help="keep the documents of an image together"
     )
     planned.set_defaults(run=_run_plan)
@@ -211,8 +221,8 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
             raise pack.PackError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     data = Data(
         train="", validation="", document_limit=args.document_limit or args.seq_len,
-        seq_len=args.seq_len, batch_size=args.batch_size, pack=True, mask="", seed=args.seed,
-        plan="",
+        seq_len=args.seq_len, batch_size=args.batch_size, pack=True, mask=args.mask, seed=args.seed,
+        plan="", condition_dropout=condition_dropout.parse(args.condition_dropout),
     )  # fmt: skip
     mixing_config = Mixing(
         by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric,

@@ -1,13 +1,15 @@
 """Decide whether a run may resume from a checkpoint: settings that affect results must be equal.
 
 free     FREE below: speed, devices, amount of logging; a change is logged, not refused
-extend   train.steps may grow, only with --extend: the schedule is a function of it
+extend   train.steps may grow, and with it the steps of the last stage, only with --extend: the
+         schedule is a function of them
 bound    every other field of the config, and the fingerprints of BOUND: refused, both shown
 """
 
 from typing import Any
 
 from medmax_jax.checkpoints.manager import CheckpointError
+from medmax_jax.config import ADDED
 
 # The reason why each may change: the batches and the objective stay the same.
 FREE = {
@@ -29,19 +31,20 @@ FREE = {
 BOUND = {
     "base": "config.train.init_from",
     "data": "config.data.train",
-    "plan": "config.data and config.mixing",
+    "plan": "config.data, config.mixing and config.stages",
 }
-EXTENSIBLE = "train.steps"
 
 
 def check_meta(saved: dict, current: dict, *, extend: bool) -> list[str]:
     """Return descriptions of the harmless differences; raise CheckpointError with all others."""
     harmless, refused = [], []
-    for field, (old, new) in sorted(differences(saved["config"], current["config"]).items()):
+    configs = [with_added_fields(meta["config"]) for meta in (saved, current)]
+    extensible = ("train.steps", f"stages.{len(configs[0]['stages']) - 1}.steps")
+    for field, (old, new) in sorted(differences(*configs).items()):
         text = f"config.{field} was {old!r}, is now {new!r}"
         if is_free(field):
             harmless.append(text)
-        elif field == EXTENSIBLE and new is not None and new > old:
+        elif field in extensible and new is not None and new > old:
             if extend:
                 harmless.append(f"{text} by --extend: the learning rate follows the longer cosine")
             else:
@@ -64,6 +67,18 @@ def check_meta(saved: dict, current: dict, *, extend: bool) -> list[str]:
     return harmless
 
 
+def with_added_fields(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run, as JSON has them, with the fields that an older one lacks."""
+    filled = dict(settings)
+    for name, value in ADDED.items():
+        section, field = name.split(".")
+        if section == "run":
+            filled = {field: value} | filled
+        else:
+            filled[section] = {field: value} | filled.get(section, {})
+    return filled
+
+
 def is_free(name: str) -> bool:
     """Return whether a dotted field, or the section that it is in, may change."""
     return name in FREE or name.split(".")[0] in FREE
@@ -76,12 +91,18 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, 
     """
     changed = {}
     for name in old.keys() | new.keys():
-        a, b = old.get(name), new.get(name)
+        a, b = (_sections(settings.get(name)) for settings in (old, new))
         if isinstance(a, dict) and isinstance(b, dict):
             changed |= differences(a, b, f"{prefix}{name}.")
         elif a != b:
             changed[prefix + name] = (a, b)
     return changed
+
+
+def _sections(value: Any) -> Any:
+    """Return a list of sections, such as config.stages, as a section of its numbers."""
+    is_list = isinstance(value, list) and value and all(isinstance(x, dict) for x in value)
+    return {str(n): section for n, section in enumerate(value)} if is_list else value
 
 
 def _short(value: Any) -> Any:

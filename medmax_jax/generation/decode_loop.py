@@ -34,16 +34,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from medmax_jax import sharding
 from medmax_jax.config import Vocab
 from medmax_jax.generation import grammar, sampling
-from medmax_jax.generation.sampling_params import (
-    FULL,
-    IMAGE_ONLY,
-    UNCONDITIONAL,
-    DecodeConfig,
-    SamplingParams,
-)
+from medmax_jax.generation.sampling_params import DecodeConfig, SamplingParams
 from medmax_jax.models import kv_cache
 from medmax_jax.models import vocab as ids
 from medmax_jax.models.chameleon import Chameleon
+from medmax_jax.models.guidance_streams import FULL, IMAGE_ONLY, UNCONDITIONAL
 from medmax_jax.sharding import BATCH, ROWS, with_shardings
 
 

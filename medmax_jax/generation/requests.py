@@ -164,12 +164,6 @@ def group_by_shared_image(requests: Sequence[Request]) -> list[int]:
     return sorted(range(len(requests)), key=lambda index: (keys[index], index))
 
 
-def image_only_tokens(tokens: Int[np.ndarray, "T"], vocab: Vocab) -> Int[np.ndarray, "_"]:
-    """Return the tokens of the image-only stream: BOS, BOI, codes and EOI."""
-    keep = np.isin(tokens, (ids.BOS, ids.BOI, ids.EOI)) | ids.is_image(tokens, vocab)
-    return tokens[keep]
-
-
 def sample_names(prompts: Sequence[Int[np.ndarray, "_"]]) -> list[str]:
     """Return a name for each prompt: its digest, and how many equal prompts precede it."""
     counts, names = Counter(), []

@@ -18,8 +18,6 @@ from medmax_jax.models import vocab as ids
 
 CHUNK = 16  # tokens per row between two synchronizations with the host
 
-FULL, UNCONDITIONAL, IMAGE_ONLY = range(3)
-
 
 class SamplingParams(NamedTuple):
     """Numeric sampling options; changing them does not recompile."""

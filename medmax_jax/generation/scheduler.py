@@ -25,8 +25,9 @@ from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.generation.decode_loop import SequenceState
 from medmax_jax.generation.engine import Engine
 from medmax_jax.generation.requests import GenerateError, Request
-from medmax_jax.generation.sampling_params import IMAGE_ONLY, UNCONDITIONAL, DecodeSettings
+from medmax_jax.generation.sampling_params import DecodeSettings
 from medmax_jax.models import vocab as ids
+from medmax_jax.models.guidance_streams import IMAGE_ONLY, UNCONDITIONAL, guidance_stream
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,11 +150,12 @@ def _start_guidance(
     free, chosen, prompts = int(e.slot_table.free.sum()), [], []
     for row in np.flatnonzero(rows.needs_guidance_slots & ~rows.done):
         before = running[row].sequence()[:-1]
-        streams = {}  # the longer one first: more of it may be cached
+        needed = []  # the longer one first: more of it may be cached
         if guidance[1] and ids.is_image(before, e.vocab).any():
-            streams[IMAGE_ONLY] = prompt_requests.image_only_tokens(before, e.vocab)
+            needed.append(IMAGE_ONLY)
         if guidance[0]:
-            streams[UNCONDITIONAL] = before[:1]
+            needed.append(UNCONDITIONAL)
+        streams = {s: guidance_stream(before, len(before), s, e.vocab) for s in needed}
         if len(streams) > free:
             break  # the other rows continue, and one of them will release its slots
         free -= len(streams)
@@ -222,11 +224,7 @@ def _release_slots(
     for stream in streams:
         if (slot := request.slots[stream]) < 0:
             continue
-        tokens = sequence
-        if stream == UNCONDITIONAL:
-            tokens = np.append(sequence[:1], sequence[request.opened :])
-        elif stream == IMAGE_ONLY:
-            tokens = prompt_requests.image_only_tokens(sequence, e.vocab)
+        tokens = guidance_stream(sequence, request.opened, stream, e.vocab)
         e.slot_table.release(slot, tokens[: positions[stream]])
         request.slots[stream] = -1
 

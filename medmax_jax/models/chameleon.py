@@ -13,6 +13,7 @@ runs them. Weights have the names of the HF checkpoint. All functions run under
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from medmax_jax.models.layers import (
     Linear,
     QKNorm,
     RMSNorm,
+    dropout,
     full_kernel,
     image_token_columns,
     matmul,
@@ -41,6 +43,7 @@ from medmax_jax.models.quantization import PACKED, TILE
 from medmax_jax.sharding import ACT, DOWN, HID, LOGITS, SPLIT, UP, with_shardings
 
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
+_RESIDUAL = 1  # folded into the key of a step for residual dropout
 
 # The values that are saved for the backward pass, which recomputes all others. "none": no remat.
 _BY_NAME = jax.checkpoint_policies.save_only_these_names
@@ -124,20 +127,22 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(size, eps=eps, dtype=dtype)
         self.swin = config.swin_norm
 
-    def __call__(self, x: Float[Array, "B T D"], attention, keys) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Float[Array, "B T D"], attention, keys, drop: Callable = lambda y, branch: y
+    ) -> tuple[Array, Any]:
         """Apply the layer; `attention(module, x, keys)` returns its output and an extra result.
 
         The extra result is returned to the caller. `keys`: seven dropout keys, one per projection;
-        None for no dropout.
+        None for no dropout. `drop`: residual dropout, of what branch 0 (attention) or 1 (MLP) adds.
         """
         keys = [None] * 7 if keys is None else keys
         if self.swin:
             y, extra = attention(self.self_attn, x, keys[:4])
-            x += self.input_layernorm(y)
-            return x + self.post_attention_layernorm(self.mlp(x, keys[4:])), extra
+            x += drop(self.input_layernorm(y), 0)
+            return x + drop(self.post_attention_layernorm(self.mlp(x, keys[4:])), 1), extra
         y, extra = attention(self.self_attn, self.input_layernorm(x), keys[:4])
-        x += y
-        return x + self.mlp(self.post_attention_layernorm(x), keys[4:]), extra
+        x += drop(y, 0)
+        return x + drop(self.mlp(self.post_attention_layernorm(x), keys[4:]), 1), extra
 
 
 class ImageColumns(nnx.Param):
@@ -186,7 +191,25 @@ class Chameleon(nnx.Module):
         segments   1  1 1 | 2  2 2 | 0
         positions  0  1 2 | 0  1 2 | 0
         """
-        return self.norm(self._run(ids, segments, positions, key, keep=False)[0])
+        return self.hidden_and_norms(ids, segments, positions, key=key)[0]
+
+    def hidden_and_norms(
+        self,
+        ids: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        key: PRNGKeyArray | None,
+        residual_dropout: float = 0.0,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T"]]:
+        """Return the hidden states, and the L2 norms of the last layer's output, for reports.
+
+        The norms are those of what the final norm reads, which needs the same sum of squares.
+        `residual_dropout`: config.train.residual_dropout, applied where `key` is not None.
+        """
+        x = self._run(ids, segments, positions, key, keep=False, rate=residual_dropout)[0]
+        wide = jax.lax.stop_gradient(x).astype(jnp.float32)
+        return self.norm(x), jnp.sqrt(jnp.sum(wide * wide, -1))
 
     def hidden_states_by_layer(
         self,
@@ -213,24 +236,36 @@ class Chameleon(nnx.Module):
         head = self.lm_head
         return HeadWeights(head.kernel[...], head.image[...] if head.tuned else None)
 
-    def _run(self, ids, segments, positions, key, *, keep: bool) -> tuple[Array, Array | None]:
+    def _run(
+        self, ids, segments, positions, key, *, keep: bool, rate: float = 0.0
+    ) -> tuple[Array, Array | None]:
         attend_packed = make_packed_attention(segments, impl=self.config.attention)
         angles = self._angles(positions)
-        keys = None if key is None else jax.random.split(key, (self.config.num_layers, 7))
+        keys, residual_keys = None, None
+        if key is not None:
+            keys = jax.random.split(key, (self.config.num_layers, 7))
+            if rate:  # from another key, so that adapter dropout draws the same with and without it
+                residual = jax.random.fold_in(key, _RESIDUAL)
+                residual_keys = jax.random.split(residual, (self.config.num_layers, 2))
 
         def attention(module, x, keys):
             q, k, v = module.qkv(x, angles, keys[:3])
             return module.out(attend_packed(q, k, v), keys[3]), None
 
         def body(x, xs):
-            x, _ = xs[0](x, attention, xs[1])
+            layer, keys, of_residual = xs
+            if of_residual is None:
+                x, _ = layer(x, attention, keys)
+            else:
+                drop = lambda y, branch: dropout(y, rate, key=of_residual[branch])  # noqa: E731
+                x, _ = layer(x, attention, keys, drop)
             return x, x if keep else None
 
         if self.config.remat != "none":
             policy = REMAT[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # scan prevents it
         x = self.embed_tokens(ids, self.config.compute_dtype)
-        return jax.lax.scan(body, x, (self.layers, keys))
+        return jax.lax.scan(body, x, (self.layers, keys, residual_keys))
 
     def _angles(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
         return rope_angles(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)

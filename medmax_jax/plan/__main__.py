@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from medmax_jax import cli
 from medmax_jax.plan.api import plan
 from medmax_jax.plan.topology import PlanError, use_no_device
+from medmax_jax.training import stages
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "machine, for example v5e:4x4", required=True)
 _SLICES = flags.DEFINE_integer("slices", 1, "number of slices")
@@ -88,6 +89,7 @@ def format_plan(answer: dict[str, Any]) -> list[str]:
         f"run: {answer['steps']:,} steps, {answer['hours']:,.1f} hours, "
         f"{answer['chip_hours']:,.0f} chip-hours{cost}"
     )
+    lines += [stages.describe(stage) for stage in answer["stages"]]
     return lines + _format_decoding(answer)
 
 

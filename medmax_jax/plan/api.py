@@ -6,14 +6,18 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from medmax_jax import cli, config, flops
 from medmax_jax.config import Run
+from medmax_jax.models import chameleon
 from medmax_jax.plan import analytic as plan_analytic
 from medmax_jax.plan import compile as plan_compile
 from medmax_jax.plan import compile_cache, search
 from medmax_jax.plan.topology import PlanError, Topology, mesh_of, parse
+from medmax_jax.sharding import make_mesh
+from medmax_jax.training import stages, step
 
 
 def plan(
@@ -86,15 +90,26 @@ def _facts(run: Run, topology: Topology) -> dict[str, Any]:
         "topology": topology.name,
         "slices": topology.slices,
         "steps": run.train.steps,
+        "stages": _stages(run),
     }
+
+
+def _stages(run: Run) -> list[dict[str, Any]]:
+    """Return the facts of each stage; raise ConfigError where one names no parameter."""
+    if not run.stages:
+        return []
+    with jax.set_mesh(make_mesh(config.Mesh(data=1, fsdp=1, tp=1))):  # only sizes are counted
+        model = chameleon.abstract_model(run.model, run.vocab, run.lora)
+        trainable = step.split_trainable(model, run.train.trains)[1]
+    stages.check_trains(run, trainable)
+    return stages.facts(run, trainable)
 
 
 def _candidates(settings: ConfigDict, topology: Topology, rows: int, seq: int) -> list[Run]:
     """Return the settings that a search ranks: all is checked except the mesh, which they set."""
     tokens = _set_seq(settings, seq)
     settings.mesh.update(data=1, fsdp=1, tp=1)
-    settings.train.steps = _steps(tokens, settings)
-    run = config.from_config_dict(settings)
+    run = stages.with_steps(config.from_config_dict(settings), _steps(tokens, settings))
     return search.candidates(run, topology, rows=(rows,) if rows else search.ROWS)
 
 
@@ -108,8 +123,7 @@ def _given(settings: ConfigDict, topology: Topology, axes: str, rows: int, seq: 
     settings.mesh.update(dataclasses.asdict(mesh))
     if rows:
         settings.data.batch_size = rows * mesh.data * mesh.fsdp * settings.optim.accumulate
-    settings.train.steps = _steps(tokens, settings)
-    return config.from_config_dict(settings)
+    return stages.with_steps(config.from_config_dict(settings), _steps(tokens, settings))
 
 
 def _set_seq(settings: ConfigDict, seq: int) -> int:

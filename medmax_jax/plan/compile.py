@@ -53,11 +53,15 @@ class Program:
 
 
 def train(run: Run, topology: Topology) -> Program:
-    """Return one training step. Rate and step count are fixed: they change no program's size."""
+    """Return one training step, of all parameters that any stage trains.
+
+    Rate and step count are fixed: they change no program's size.
+    """
     run = dataclasses.replace(
         run,
-        optim=dataclasses.replace(run.optim, peak_lr=1e-4),
+        optim=dataclasses.replace(run.optim, peak_lr=1e-4, schedule="run"),
         train=dataclasses.replace(run.train, steps=1_000),
+        stages=(),
     )
     with _on(run, topology) as abstract_model:
         graph, trainable, frozen = step.split_trainable(abstract_model, run.train.trains)

@@ -10,6 +10,7 @@ from medmax_jax.config import ConfigError, Run
 from medmax_jax.models.quantization import PACKED, TILE
 from medmax_jax.plan import analytic
 from medmax_jax.plan.topology import PlanError, Topology
+from medmax_jax.training import stages
 
 MARGIN = 0.95  # of a device's memory: settings estimated above it are not compiled
 REMAT = ("dots", "qkv_attn", "attn", "all")
@@ -47,11 +48,10 @@ def with_settings(run: Run, *, mesh: config.Mesh, rows: int, remat: str) -> Run:
     size = rows * mesh.data * mesh.fsdp * run.optim.accumulate
     steps = max(1, round(run.train.steps * run.data.batch_size / size))
     return dataclasses.replace(
-        run,
+        stages.with_steps(run, steps),
         mesh=mesh,
         model=dataclasses.replace(run.model, remat=remat),
         data=dataclasses.replace(run.data, batch_size=size),
-        train=dataclasses.replace(run.train, steps=steps),
     )
 
 

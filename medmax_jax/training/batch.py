@@ -33,6 +33,7 @@ class BatchStats:
     scored_image: int
     tokens: int  # without padding
     squared_lengths: int  # sum of the squared lengths; over `tokens`: the mean attended length
+    loss_weight: float  # sum of the loss weights before it is made 1
     fill: float  # tokens over positions
 
 

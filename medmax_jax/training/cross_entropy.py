@@ -11,9 +11,16 @@ The head is never gathered, logits exist for one chunk at a time, and the gradie
 states is computed in the forward pass, where the logits are, so the backward pass only scales it.
 For the head, a gradient is computed only for the columns that train: none, all, or those of image
 codes.
+
+The z-loss adds z (log Z)^2 to the loss of a token, Z being the sum of exp of its logits: it keeps
+logits from growing without a change of their softmax. Its gradient is 2 z log Z softmax, so it
+changes one factor of a gradient that is computed anyway. log Z and the largest logit of each token
+are returned for reports.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,27 +37,39 @@ CHUNK_LOGITS, CHUNK_TOKENS = 2**24, 1_024
 SLICES = ("tp", "fsdp")  # axes that split the vocabulary here
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenValues:
+    """Holds values of each position for reports, which have no gradient."""
+
+    nll: Any  # [B, T]; or a cotangent, where a transformation builds this class
+    log_z: Any  # log of the sum of exp of all logits
+    max_logit: Any
+
+
 def weighted_nll(
     hidden: Float[Array, "B T D"],
     head: HeadWeights,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
+    z: Float[Array, "B T"] | None = None,
     *,
     trains_kernel: bool,
     chunks: int,
-) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """Return (sum of weights x nll, nll), nll[b, t] = -log p(targets[b, t] | hidden[b, t]) in fp32.
+) -> tuple[Float[Array, ""], TokenValues]:
+    """Return the sum of weights x (nll + z log_z^2), and the values of each token in fp32.
 
-    The sum has gradients for hidden, for head.image and, with `trains_kernel`, for head.kernel;
-    `nll` is for reports and has none. `chunks` divides the tokens of a device.
+    nll[b, t] = -log p(targets[b, t] | hidden[b, t]). The sum has gradients for hidden, for
+    head.image and, with `trains_kernel`, for head.kernel. `z`: coefficients of the z-loss; None: no
+    z-loss. `chunks` divides the tokens of a device.
     """
     tokens = hidden.shape[0] * hidden.shape[1] // _rows_split()
     if tokens % chunks:
         raise ValueError(
             f"{tokens} tokens are not divisible by {chunks} chunks; use a divisor of {tokens}"
         )
-    total, nll = _weighted((trains_kernel, chunks), head, hidden, targets, weights)
-    return total, jax.lax.stop_gradient(nll)
+    total, values = _weighted((trains_kernel, chunks), head, hidden, targets, weights, z)
+    return total, jax.lax.stop_gradient(values)
 
 
 def num_chunks(hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"]) -> int:
@@ -65,47 +84,54 @@ def num_chunks(hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"]) -> in
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted(how, head, hidden, targets, weights):
-    return _run(how, head, hidden, targets, weights, grads=False)[:2]
+def _weighted(how, head, hidden, targets, weights, z):
+    return _run(how, head, hidden, targets, weights, z, grads=False)[:2]
 
 
-def _forward(how, head, hidden, targets, weights):
-    total, nll, *grads = _run(how, head, hidden, targets, weights, grads=True)
-    return (total, nll), grads
+def _forward(how, head, hidden, targets, weights, z):
+    total, values, *grads = _run(how, head, hidden, targets, weights, z, grads=True)
+    return (total, values), grads
 
 
 def _backward(how, grads, cotangents):
-    scale = cotangents[0]  # nll has no gradient
+    scale = cotangents[0]  # the values have no gradient
     d_hidden, d_kernel, d_image = jax.tree.map(
         lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads
     )
-    return HeadWeights(d_kernel, d_image), d_hidden, None, None
+    return HeadWeights(d_kernel, d_image), d_hidden, None, None, None
 
 
-def _run(how, head, hidden, targets, weights, *, grads: bool) -> tuple:
-    """Return (total, nll, d_hidden, d_kernel, d_image) by shard_map; None for unused gradients."""
+def _run(how, head, hidden, targets, weights, z, *, grads: bool) -> tuple:
+    """Return (total, values, d_hidden, d_kernel, d_image) by shard_map; None: unused gradients."""
     trains_kernel, chunks = how
     required = (grads, grads and trains_kernel, grads and head.image is not None)
-    specs = [BATCH] + [s for s, w in zip((ACT, UP, UP), required, strict=True) if w]
+    specs = [ACT] + [s for s, w in zip((ACT, UP, UP), required, strict=True) if w]
     local = functools.partial(_local, required=required, chunks=chunks)
     # Gathered tokens vary over fewer axes than shard_map can infer.
     run = jax.shard_map(
         local, 
-        in_specs=(HeadWeights(UP, None if head.image is None else UP), ACT, BATCH, BATCH),
+        in_specs=(
+            HeadWeights(UP, None if head.image is None else UP), ACT, BATCH, BATCH,
+            None if z is None else BATCH,
+        ),
         out_specs=tuple(specs), check_vma=False,
     )  # fmt: skip
-    nll, *grads_found = run(head, hidden, targets, weights)
+    values, *grads_found = run(head, hidden, targets, weights, z)
+    values = TokenValues(*jnp.moveaxis(values, -1, 0))
     left = iter(grads_found)
-    return (weights * nll).sum(), nll, *(next(left) if w else None for w in required)
+    total = (weights * values.nll).sum()
+    if z is not None:
+        total += (weights * z * values.log_z**2).sum()
+    return total, values, *(next(left) if w else None for w in required)
 
 
-def _local(head, hidden, targets, weights, *, required: tuple, chunks: int) -> tuple:
+def _local(head, hidden, targets, weights, z, *, required: tuple, chunks: int) -> tuple:
     """Compute the part of one device."""
     kernel, ids, own = _columns(head, hidden.dtype)
     start = 0 if required[1] else own  # first column whose gradient is required
 
     def chunk(d_head, part):
-        x, target, weight = (jax.lax.all_gather(p, "fsdp", tiled=True) for p in part)
+        x, target, weight, *coefficient = (jax.lax.all_gather(p, "fsdp", tiled=True) for p in part)
         logits = jnp.dot(x, kernel, preferred_element_type=jnp.float32)
         if head.image is not None:
             logits = jnp.where(ids < 0, -jnp.inf, logits)
@@ -114,23 +140,28 @@ def _local(head, hidden, targets, weights, *, required: tuple, chunks: int) -> t
         is_target = target[:, None] == ids
         sums = jnp.stack([exp.sum(1), jnp.where(is_target, logits, 0).sum(1)])
         total, of_target = jax.lax.psum(sums, SLICES)
-        nll = _own_rows(jnp.log(total) + top - of_target, part[1].shape[0])
+        log_z = jnp.log(total) + top
+        values = jnp.stack([log_z - of_target, log_z, top], axis=-1)
+        values = _own_rows(values, part[1].shape[0])
         if not required[0]:
-            return d_head, (nll, None)
-        d_logits = (exp / total[:, None] - is_target) * weight[:, None]
+            return d_head, (values, None)
+        softmax = exp / total[:, None]
+        if z is not None:
+            softmax *= (1 + 2 * coefficient[0] * log_z)[:, None]
+        d_logits = (softmax - is_target) * weight[:, None]
         d_logits = d_logits.astype(hidden.dtype)
         d_x = jax.lax.psum_scatter(jnp.dot(d_logits, kernel.T), "fsdp", tiled=True)
         if d_head is not None:
             d_head += jnp.dot(x.T, d_logits[:, start:], preferred_element_type=jnp.float32)
-        return d_head, (nll, jax.lax.psum(d_x, "tp"))
+        return d_head, (values, jax.lax.psum(d_x, "tp"))
 
     d_head = None
     if required[1] or required[2]:
         d_head = jnp.zeros((kernel.shape[0], kernel.shape[1] - start), jnp.float32)
     split = lambda a: jnp.reshape(a, (chunks, -1, *a.shape[2:]))  # noqa: E731
-    parts = tuple(split(a) for a in (hidden, targets, weights))
-    d_head, (nll, d_hidden) = jax.lax.scan(chunk, d_head, parts)
-    out = [nll.reshape(targets.shape)]
+    parts = tuple(split(a) for a in (hidden, targets, weights, z) if a is not None)
+    d_head, (values, d_hidden) = jax.lax.scan(chunk, d_head, parts)
+    out = [values.reshape(*targets.shape, 3)]
     if required[0]:
         out.append(d_hidden.reshape(hidden.shape))
     if d_head is not None:

@@ -137,12 +137,14 @@ def _print(line: str) -> None:
 def format_step(step: int, steps: int, row: dict[str, float], *, eta: float) -> str:
     """Format the line of a step: losses, rates, utilization, memory and the remaining time.
 
-    step 120/300 loss 3.2100 text 2.900 image 5.600 lr 1.0e-03 tok/s/chip 5,120 (5,505 with
+    step 120/300 loss 3.2100 text 2.900 image 5.600 log Z 9.21 (max 12.0) image 8.83 (max 11.2) max
+    logit 14.1 image 12.9 norm 310 image 295 A 12 B 0.51 lr 1.0e-03 tok/s/chip 5,120 (5,505 with
     padding) fill 0.93 data 1% MFU 51.2% HFU 60.1% HBM 12.1 GiB eta 1:23. A chip without known
     limits has no MFU, and a device that does not report its memory has no HBM.
     """
+    stage = f" stage {row['stage']}" if "stage" in row else ""
     parts = [
-        f"step {step}/{steps} {format_losses(row)} lr {row['lr']:.1e}",
+        f"step {step}/{steps}{stage} {format_losses(row)} {format_norms(row)} lr {row['lr']:.1e}",
         f"tok/s/chip {row['tokens_per_second_per_chip']:,.0f}",
         f"({row['processed_per_second_per_chip']:,.0f} with padding) fill {row['fill']:.2f}",
         f"data {row['data_share']:.0%}",
@@ -159,6 +161,23 @@ def format_losses(row: dict[str, float]) -> str:
     parts = (row["text_nll"], row["image_nll"])
     text, image = ("-" if math.isnan(nll) else f"{nll:.3f}" for nll in parts)
     return f"loss {row['loss']:.4f} text {text} image {image}"
+
+
+def format_norms(row: dict[str, float]) -> str:
+    """Format log Z, largest logits and norms, each for text and for image targets."""
+
+    def number(name: str) -> str:
+        return "-" if math.isnan(row[name]) else f"{row[name]:.3g}"
+
+    log_z = (f"{number(f'{m}_log_z')} (max {number(f'{m}_log_z_max')})" for m in ("text", "image"))
+    parts = ["log Z " + " image ".join(log_z)]
+    for label, name in (("max logit", "max_logit"), ("norm", "hidden_norm")):
+        parts.append(f"{label} {number(f'text_{name}')} image {number(f'image_{name}')}")
+    names = {"A": "lora_a_norm", "B": "lora_b_norm", "weights": "param_norm"}
+    parts += [f"{label} {number(name)}" for label, name in names.items() if name in row]
+    if row["z_loss"]:
+        parts.append(f"z-loss {number('z_loss')}")
+    return " ".join(parts)
 
 
 def format_duration(seconds: float) -> str:

@@ -4,6 +4,7 @@
     k < w    lr(k) = peak * k / w
     k >= w   lr(k) = peak * (r + (1 - r) * (1 + cos(pi * (k - w) / (steps - w))) / 2)
 
+With config.optim.schedule = stage, `steps` and k are of one stage, and every stage has this curve.
 k counts the updates already made, so the first update of a run with warm-up has rate 0: the
 schedule of the published run (Hugging Face's cosine with warm-up), with a minimum of r * peak.
 """
@@ -19,8 +20,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from medmax_jax.config import Optim
 
 
-def make_optimizer(config: Optim, *, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer; `update` needs the loss as `value=`. `steps`: length of the run."""
+def make_optimizer(
+    config: Optim, *, steps: tuple[int, ...]
+) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer; `update` needs the loss as `value=`. `steps`: see learning_rate."""
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -37,11 +40,21 @@ def make_optimizer(config: Optim, *, steps: int) -> optax.GradientTransformation
     return skip_spikes(inner, window=config.skip_window, factor=config.skip_factor)
 
 
-def learning_rate(count: Int[Array, ""] | int, config: Optim, *, steps: int) -> Float[Array, ""]:
-    """Return the rate of the update after `count` others.
+def learning_rate(
+    count: Int[Array, ""] | int, config: Optim, *, steps: tuple[int, ...]
+) -> Float[Array, ""]:
+    """Return the rate of the update after `count` others; `steps`: of each schedule, in sequence.
 
-    Peak 1, 10 steps, warm-up .2: 0 .5 1 .96 ...
+    Peak 1, steps (10,), warm-up .2: 0 .5 1 .96 ...
     """
+    rate, start = _warmup_cosine(count, config, steps=steps[0]), steps[0]
+    for length in steps[1:]:
+        rate = jnp.where(count < start, rate, _warmup_cosine(count - start, config, steps=length))
+        start += length
+    return rate
+
+
+def _warmup_cosine(count: Int[Array, ""] | int, config: Optim, *, steps: int) -> Float[Array, ""]:
     warmup = math.ceil(config.warmup_ratio * steps)
     progress = (count - warmup) / max(1, steps - warmup)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))

@@ -10,9 +10,12 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
+import math
 import platform
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,11 +30,15 @@ from medmax_jax.io.progress import report_waiting
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import shard_batch
 from medmax_jax.storage.workdir import Workdir
-from medmax_jax.training import log_writer, metrics, step
+from medmax_jax.training import log_writer, metrics, stages, step
 from medmax_jax.training.batch import BatchSource, BatchStats
 from medmax_jax.training.run_files import LogFile
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
+
+# Growth above the lowest report so far that a warning is logged for.
+LOG_Z_GROWTH = 5.0  # nats
+NORM_GROWTH = 10.0  # factor
 
 
 class TrainError(RuntimeError):
@@ -66,6 +73,7 @@ class Reporter:
         self._interval = metrics.from_list(cursor["interval"])
         self.last: dict[str, float] = cursor["last"]
         self.eval_pending = False  # an evaluation was due and a signal arrived before its end
+        self._lowest: dict[str, float] = cursor.get("lowest", {})  # checkpoints of before have none
         self._since = Throughput(job.clock)
 
     def flush(self, done: int) -> None:
@@ -86,9 +94,11 @@ class Reporter:
         self.flush(done)
         job = self._job
         row = metrics.compute_means(self._interval) | self._since.rates(job)
-        row |= {"epoch": job.train_data.stats(done - 1).epoch}
+        row |= {"epoch": job.train_data.stats(done - 1).epoch} | stages.reported(job.run, done)
         eta = (job.run.train.steps - done) * self._since.seconds_per_step()
         job.writer.log(log_writer.format_step(done, job.run.train.steps, row, eta=eta))
+        for warning in growth_warnings(row, self._lowest):
+            job.writer.log(f"WARNING: step {done}: {warning}")
         kinds = metrics.by_kind(self._interval, job.train_data.kinds)
         job.writer.write("train", done, row | kinds | job.clock.report())
         self.last = self.last | row
@@ -98,7 +108,12 @@ class Reporter:
         """Return the state that a checkpoint stores for this reporter, as JSON."""
         self.flush(done)
         sums = metrics.to_list(self._interval)
-        return {"interval": sums, "last": self.last, "owed": self.eval_pending}
+        return {
+            "interval": sums,
+            "last": self.last,
+            "owed": self.eval_pending,
+            "lowest": self._lowest,
+        }
 
     def _fail(self, number: int, row: dict[str, float]) -> None:
         job = self._job
@@ -130,6 +145,36 @@ class Reporter:
         )
         job.writer.log(message)
         raise TrainError(message)
+
+
+def growth_warnings(row: dict[str, float], lowest: dict[str, float]) -> list[str]:
+    """Return a warning for each mean of log Z or norm that has grown far above its lowest report.
+
+    Chameleon's paper (arXiv 2405.09818, section 2.3) describes the cause: norms of the two
+    modalities grow in competition, slowly, until they leave the range of bfloat16, and only then
+    the loss diverges. `lowest` holds the lowest report of each so far and is updated. A value that
+    has caused a warning becomes the new lowest, so the next warning is for as much growth again.
+    """
+    warnings, rules = (
+        [],
+        (
+            ("log_z", "mean log Z", 1.0, LOG_Z_GROWTH),
+            ("hidden_norm", "mean norm of the last layer", NORM_GROWTH, 0.0),
+        ),
+    )
+    for modality, (name, what, factor, growth) in itertools.product(("text", "image"), rules):
+        key = f"{modality}_{name}"
+        if not math.isfinite(value := row[key]):
+            continue
+        old = lowest.get(key, value)
+        grown = value > factor * old + growth
+        if grown:
+            warnings.append(
+                f"the {what} at {modality} targets is {value:.4g}, up from {old:.4g}: the loss may "
+                "diverge soon; stop, and lower optim.peak_lr, or set loss.z"
+            )
+        lowest[key] = value if grown else min(old, value)
+    return warnings
 
 
 class Throughput:
@@ -204,9 +249,11 @@ class Evaluator:
             with job.clock.measure("eval"):
                 sums = metrics.to_host(self._step(state.trainable, job.frozen, batch))
             total = sums if total is None else total.merge(sums)
-        row = metrics.compute_means(total)
-        job.writer.log(f"validation after step {done}: {log_writer.format_losses(row)}")
-        job.writer.write("validation", done, row | metrics.by_kind(total, job.eval_data.kinds))
+        row, stage = metrics.compute_means(total), stages.reported(job.run, done)
+        after = "".join(f" of stage {number}" for number in stage.values())
+        job.writer.log(f"validation after step {done}{after}: {log_writer.format_losses(row)}")
+        kinds = metrics.by_kind(total, job.eval_data.kinds)
+        job.writer.write("validation", done, row | kinds | stage)
         return {f"validation_{name}": value for name, value in row.items()}
 
 
@@ -283,6 +330,8 @@ def log_run_summary(
     environment_summary(run, job.mesh, job.train_data, job.eval_data, log=log, tables=tables)
     trainable, frozen = (chameleon.count_parameters(t) for t in (state.trainable, job.frozen))
     log(f"training {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
+    for stage in stages.facts(run, state.trainable):
+        log(stages.describe(stage))
     if tables:
         tree = safetensors_file.flatten_named(state.trainable)
         tree |= safetensors_file.flatten_named(job.frozen)
@@ -291,7 +340,8 @@ def log_run_summary(
         log(f"changed since the last checkpoint: {change}")
     log(f"settings, versions, fingerprints of base and records: {job.work.url('config.json')}")
     log(f"curves: {tensorboard_command(job.work.path)}")
-    log(loss_legend(run.train.loss_weight))
+    weights = [stage.loss_weights for stage in run.stages] or [run.loss.weights]
+    log(loss_legend(run.train.loss_weight, weights))
     log(
         f"resuming after step {start} of {run.train.steps}; the tables are in the log of the first "
         "start"
@@ -306,9 +356,21 @@ def tensorboard_command(folder: str) -> str:
     return f"{install}tensorboard --logdir {shlex.quote(folder)}"
 
 
-def loss_legend(loss_weight: str) -> str:
-    """Return what `loss`, `text` and `image` of the log are: their unit, and how they differ."""
+def loss_legend(loss_weight: str, weights: Sequence[config.LossWeights]) -> str:
+    """Return what `loss`, `text` and `image` of the log are: their unit, and how they differ.
+
+    `weights`: of each stage, or of a run without stages.
+    """
     parts = "text, image: mean over all scored text tokens, and over all scored image tokens"
+    if any(w != config.LossWeights.off() for w in weights):
+        factors = ", then ".join(
+            f"text {w.text:g}, image {w.image:g}" + (f", {w.tasks}" if w.tasks else "")
+            for w in weights
+        )
+        parts += (
+            f". In the loss of training each is multiplied by config.loss.weights ({factors}), and "
+            "those of weight 0 are in none of the three; validation_loss is unweighted"
+        )
     if loss_weight == "token":
         return f"loss: mean over all scored tokens, in nats per token; {parts}"
     return (

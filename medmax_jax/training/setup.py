@@ -28,7 +28,7 @@ from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh, shard_batch, with_shardings
 from medmax_jax.storage import hub
 from medmax_jax.storage.workdir import Workdir
-from medmax_jax.training import reporting, step
+from medmax_jax.training import reporting, stages, step
 from medmax_jax.training.batch import BatchSource
 from medmax_jax.training.reporting import TrainError
 
@@ -202,9 +202,12 @@ def dry_run(
             lambda: chameleon.abstract_model(run.model, run.vocab, run.lora)
         )
         graph, trainable, frozen = step.split_trainable(abstract_model, run.train.trains)
+        stages.check_trains(run, trainable)
         state = with_shardings(jax.eval_shape(lambda t: step.init_state(t, run), trainable))
         counts = [chameleon.count_parameters(t) for t in (state.trainable, frozen)]
         print(f"training {run.train.trains}: {counts[0]:,} of {sum(counts):,} parameters")
+        for stage in stages.facts(run, trainable):
+            print(stages.describe(stage))
         batch = shard_batch(train_data.batch(0), mesh)
         key = jax.device_put(
             jax.random.key(run.train.seed, impl=run.train.prng_impl), NamedSharding(mesh, P())

@@ -24,9 +24,9 @@ from medmax_jax import sharding
 from medmax_jax.config import Run
 from medmax_jax.models import attention, chameleon
 from medmax_jax.sharding import BATCH, with_shardings
-from medmax_jax.training import loss, optimizer
+from medmax_jax.training import loss, optimizer, stages
 from medmax_jax.training.batch import Batch
-from medmax_jax.training.metrics import EvalMetrics, TrainMetrics
+from medmax_jax.training.metrics import LOWEST, PARAMETER_NORMS, EvalMetrics, TrainMetrics
 
 # Options of libtpu by config.train.compile.
 COMPILER_OPTIONS = {
@@ -81,47 +81,56 @@ def init_state(trainable: PyTree, run: Run) -> TrainState:
     """Return the state of step 0; the moments are initialized in the shards of their parameters."""
 
     def make(trainable: PyTree) -> tuple[PyTree, Array]:
-        return optimizer.make_optimizer(run.optim, steps=run.train.steps).init(
-            trainable
-        ), jnp.int32(0)
+        tx = optimizer.make_optimizer(run.optim, steps=stages.schedule(run))
+        return tx.init(trainable), jnp.int32(0)
 
     return TrainState(trainable, *jax.jit(make)(trainable))
 
 
-def make_train_step(graph: Any, run: Run) -> Callable:
+def make_train_step(graph: Any, run: Run, stage: int = 0) -> Callable:
     """Return train_step(state, frozen, batch, key) -> (state, TrainMetrics).
 
-    The function is jitted, and `state` is donated.
+    The function is jitted, and `state` is donated. Stages that train the same parameters have the
+    same function: what else they change is in the batch.
     """
-    tx = optimizer.make_optimizer(run.optim, steps=run.train.steps)
+    steps, only = stages.schedule(run), stages.trains(run, stage)
+    tx = optimizer.make_optimizer(run.optim, steps=steps)
 
     def train_step(
         state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray
     ) -> tuple[TrainState, TrainMetrics]:
         dropout = jax.random.fold_in(key, state.step)
 
-        def objective(trainable: PyTree, batch: Batch, key: PRNGKeyArray) -> tuple[Array, dict]:
+        def objective(trainable: PyTree, batch: Batch, key: PRNGKeyArray) -> tuple[Array, tuple]:
             model = nnx.merge(graph, trainable, frozen)
-            return loss.training_objective(model, batch, key, trains=run.train.trains)
+            return loss.training_objective(
+                model, batch, key,
+                trains=run.train.trains, z=run.loss.z, residual_dropout=run.train.residual_dropout,
+            )  # fmt: skip
 
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
         if run.optim.accumulate == 1:
-            (total, sums), grads = value_and_grad(state.trainable, batch, dropout)
+            (total, (sums, maxima)), grads = value_and_grad(state.trainable, batch, dropout)
         else:
-            total, sums, grads = accumulate(value_and_grad, state.trainable, batch, dropout, run)
+            total, sums, maxima, grads = accumulate(
+                value_and_grad, state.trainable, batch, dropout, run
+            )
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable, value=total)
         skipped = optimizer.consecutive_skips(opt_state)
-        trainable = optax.apply_updates(state.trainable, updates)
+        updated = optax.apply_updates(state.trainable, updates)
+        trainable = stages.keep_others(updated, state.trainable, only)
         metrics = TrainMetrics.single_from_model_output(
             **sums,
-            loss=total,
+            **maxima,
+            **parameter_norms(trainable, run.train.trains),
+            loss=total - sums["z_loss"],
             grad_norm=norm,
             finite=jnp.where(
                 skipped > 0, skipped < optimizer.LIMIT, jnp.isfinite(total) & jnp.isfinite(norm)
             ),
             skipped=skipped > 0,
-            lr=optimizer.learning_rate(state.step, run.optim, steps=run.train.steps),
+            lr=optimizer.learning_rate(state.step, run.optim, steps=steps),
             tokens=(batch.segments > 0).sum(dtype=jnp.float32),
             positions=jnp.float32(batch.ids.size),
             steps=jnp.float32(1),
@@ -134,8 +143,8 @@ def make_train_step(graph: Any, run: Run) -> Callable:
 
 def accumulate(
     value_and_grad: Callable, trainable: PyTree, batch: Batch, key: PRNGKeyArray, run: Run
-) -> tuple[Array, dict[str, Array], PyTree]:
-    """Return (loss, sums, gradients) of a batch, computed one microbatch at a time.
+) -> tuple[Array, dict[str, Array], dict[str, Array], PyTree]:
+    """Return (loss, sums, maxima, gradients) of a batch, computed one microbatch at a time.
 
     The activations of only one microbatch exist at any time. The weights of the batch are shares of
     all of it, so losses and gradients add up. Microbatch i has rows [i * B / n, (i + 1) * B / n)
@@ -150,13 +159,30 @@ def accumulate(
         )
 
     def body(grads: PyTree, xs: tuple) -> tuple[PyTree, tuple]:
-        (total, sums), microbatch_grads = value_and_grad(trainable, *xs)
-        return jax.tree.map(jnp.add, grads, microbatch_grads), (total, sums)
+        (total, reports), microbatch_grads = value_and_grad(trainable, *xs)
+        return jax.tree.map(jnp.add, grads, microbatch_grads), (total, *reports)
 
     xs = (jax.tree.map(split, batch), jax.random.split(key, microbatches))
     grads, parts = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, trainable), xs)
-    total, sums = jax.tree.map(lambda x: x.sum(0), parts)
-    return total, sums, grads
+    total, sums = jax.tree.map(lambda x: x.sum(0), parts[:2])
+    maxima = jax.tree.map(lambda x: x.max(0), parts[2])
+    return total, sums, maxima, grads
+
+
+def parameter_norms(trainable: PyTree, trains: str) -> dict[str, Array]:
+    """Return the L2 norms of all A and of all B matrices, or of all parameters that train.
+
+    The others are LOWEST.
+    """
+    norms = dict.fromkeys(PARAMETER_NORMS, jnp.float32(LOWEST))
+    if trains != "lora":
+        return norms | {"param_norm": optax.tree.norm(trainable)}
+    named = jax.tree_util.tree_leaves_with_path(trainable)
+    for name in ("lora_a", "lora_b"):
+        norms[f"{name}_norm"] = optax.tree.norm(
+            [leaf for path, leaf in named if name in jax.tree_util.keystr(path)]
+        )
+    return norms
 
 
 def make_eval_step(graph: Any, run: Run) -> Callable:
@@ -164,7 +190,7 @@ def make_eval_step(graph: Any, run: Run) -> Callable:
 
     def eval_step(trainable: PyTree, frozen: PyTree, batch: Batch) -> EvalMetrics:
         model = nnx.merge(graph, trainable, frozen)
-        total, sums = loss.training_objective(model, batch, None, trains=run.train.trains)
+        total, (sums, _) = loss.training_objective(model, batch, None, trains=run.train.trains)
         # A batch's loss is a mean over this many, so the mean over batches is the one over all.
         documents = batch.segments.max(axis=1).sum().astype(jnp.float32)
         targets = sums["text_count"] + sums["image_count"]

@@ -15,7 +15,7 @@ GROUPS = st.lists(st.integers(0, 2), min_size=1, max_size=200).map(np.array)
 WEIGHTS = st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.0, 7.0])] * 3).map(list)
 DATA = config.Data(
     train="", validation="", document_limit=64, seq_len=128, batch_size=4, pack=True,
-    mask="answers", seed=5, plan="",
+    mask="answers", seed=5, plan="", condition_dropout=config.ConditionDropout.off(),
 )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_documents_over_the_limit_are_excluded():
     for weights in ("", "A=1, B=5, C=1"):
         for epoch in range(3):
             epochs = mixing.epochs(records, DATA, mixed(weights))
-            rows = [epochs.row(i) for i in range(9) if epochs.epoch(i) <= epoch]
+            rows = [epochs.row(i).documents for i in range(9) if epochs.epoch(i) <= epoch]
             assert not set(np.concatenate(rows)) & {1, 3}
     with pytest.raises(PackError, match="F: all 2 documents exceed .* = 64; the longest has 9"):
         mixing.epochs(FakeRecords([65, 90], [0, 0]), DATA, mixed())
@@ -204,7 +204,7 @@ def test_image_centric_plans_are_reshuffled_and_complete():
     row_of = np.repeat(np.arange(len(first)), np.diff(first.starts))
     rows = [row_of[images[first.documents] == p] for p in range(500)]
     assert max(np.ptp(r) for r in rows) <= 50  # a window of 256 documents has 43 rows of 6
-    second = np.concatenate([epochs.row(len(first) + i) for i in range(len(first))])
+    second = np.concatenate([epochs.row(len(first) + i).documents for i in range(len(first))])
     assert sorted(second) == list(range(2_000)) and not np.array_equal(second, first.documents)
 
 

@@ -19,8 +19,12 @@ from flax import nnx
 from medmax_jax import config, sharding
 from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.data import loader
-from medmax_jax.data.records.document import Document, loss_mask
+from medmax_jax.data.packing.condition_dropout import trained_tokens
+from medmax_jax.data.records import writer
+from medmax_jax.data.records.document import Layout, RecordsError, loss_mask
 from medmax_jax.models import chameleon
+from medmax_jax.models.guidance_streams import IMAGE_ONLY, TEXT_ONLY, UNCONDITIONAL
+from medmax_jax.models.vocab import is_image
 from medmax_jax.training import step
 from medmax_jax.training.batch import Batch
 
@@ -28,12 +32,22 @@ QUICK = {"xla_backend_optimization_level": 0}  # compile time is what these test
 ONE = (1, 1, 1)
 SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ((1, 8, 1), (1, 2, 4))]
 WEIGHTS = ["document", "token"]
+TASKS = ("VQA", "Visual Chat", "Image Generation")
+FACTORS = config.LossWeights(text=0.5, image=3.0, tasks="VQA=0.25, Image Generation=2")
 NEVER = 1e9  # a norm that no gradient has
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    return micro_run.write(tmp_path_factory.mktemp("records") / "r", count=61)
+    """Write documents of three tasks, in turn."""
+    made = [
+        dataclasses.replace(d, task=TASKS[n % 3])
+        for n, d in enumerate(micro_run.documents(61, seed=0))
+    ]
+    layout = Layout(vocab=micro_run.run().vocab, codes_per_image=4, tokenizer="", vqgan="")
+    path = tmp_path_factory.mktemp("records") / "r"
+    writer.write(path, made, shard_size=16, layout=layout, notes={})
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +117,21 @@ def first_batch(run: config.Run) -> Batch:
     return loader.train_batches(run, run.data.train).batch(0)
 
 
-def documents_of(batch: Batch, run: config.Run) -> list[Document]:
-    """Return the documents of a batch from the records, looked up by their tokens."""
-    by_tokens = {d.tokens.tobytes(): d for d in loader.train_batches(run, run.data.train).records}
+def documents_of(batch: Batch, run: config.Run) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return tokens and marks of the documents of a batch, from the records.
+
+    They are looked up by their tokens, complete or as a stream of condition dropout.
+    """
+    records, by_tokens = loader.train_batches(run, run.data.train).records, {}
+    for d in records:
+        by_tokens[d.tokens.tobytes()] = loss_mask(d.tokens, run.data.mask, d.turns)
+        if is_image(d.tokens, run.vocab)[by_tokens[d.tokens.tobytes()]].any():
+            for stream in (UNCONDITIONAL, IMAGE_ONLY, TEXT_ONLY):
+                tokens, scored = trained_tokens(d, stream, records, run.data.mask)
+                by_tokens.setdefault(tokens.tobytes(), scored)
     rows = zip(batch.ids, batch.segments, strict=True)
-    return [
-        by_tokens[ids[segments == n].tobytes()]
-        for ids, segments in rows
-        for n in range(1, segments.max() + 1)
-    ]
+    found = [ids[segments == n] for ids, segments in rows for n in range(1, segments.max() + 1)]
+    return [(tokens, by_tokens[tokens.tobytes()]) for tokens in found]
 
 
 def gradient(steps: Made, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
@@ -123,8 +143,13 @@ def gradient(steps: Made, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     return float(jax.device_get(sums).loss.total), numpy(state.opt_state[1][0].mu)
 
 
-def alone(steps: Made, documents: list[Document]) -> list[tuple[int, float, dict]]:
-    """Return (scored tokens, mean NLL, its gradient) of each document alone, from full logits."""
+def alone(
+    steps: Made, documents: list[tuple[np.ndarray, np.ndarray]]
+) -> list[tuple[int, float, dict]]:
+    """Return (scored tokens, mean NLL, its gradient) of each document alone, from full logits.
+
+    `documents`: tokens, and which are scored.
+    """
     run = steps.run
 
     def mean_nll(trainable, ids, targets, mask):
@@ -139,11 +164,7 @@ def alone(steps: Made, documents: list[Document]) -> list[tuple[int, float, dict
     results = []
     with jax.set_mesh(steps.mesh):
         call = jax.jit(jax.value_and_grad(mean_nll), compiler_options=QUICK)
-        for document in documents:
-            tokens, marks = (
-                document.tokens,
-                loss_mask(document.tokens, run.data.mask, document.turns),
-            )
+        for tokens, marks in documents:
             padding = run.data.seq_len - len(tokens)
             ids = np.pad(tokens, (0, padding))
             targets, mask = (
@@ -158,9 +179,12 @@ def alone(steps: Made, documents: list[Document]) -> list[tuple[int, float, dict
 
 def expected(parts: list[tuple[int, float, dict]], choice: str) -> tuple[float, dict]:
     """Return the mean over documents, or over all their tokens, of the separate results."""
-    counts = np.array([count for count, *_ in parts], float)
-    shares = np.ones(len(parts)) / len(parts) if choice == "document" else counts / counts.sum()
-    names = parts[0][2]
+    return expected_with([1 if choice == "document" else count for count, *_ in parts], parts)
+
+
+def expected_with(weights: list[float], parts: list[tuple[int, float, dict]]) -> tuple[float, dict]:
+    """Return the weighted mean of the separate results."""
+    shares, names = np.array(weights, float) / np.sum(weights), parts[0][2]
     loss = sum(s * value for s, (_, value, _) in zip(shares, parts, strict=True))
     sums = {
         n: sum(s * grads[n].astype(float) for s, (*_, grads) in zip(shares, parts, strict=True))
@@ -216,6 +240,97 @@ def test_unpacked_rows_have_the_same_objective(steps, lora_run, choice):
     loss, grads = gradient(steps(ONE), batch)
     np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
     assert distance(grads, right) < 1e-5
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_streams_of_condition_dropout_have_their_own_gradients(steps, lora_run, pack):
+    """Packed or not, on any mesh: the mean over documents, each alone as its guidance stream."""
+    dropout = config.ConditionDropout(text=0.4, image=0.0, all=0.4)
+    run = weighing(lora_run, "document", condition_dropout=dropout, pack=pack)
+    batch = loader.train_batches(run, run.data.train).batch(1)
+    documents = documents_of(batch, run)
+    assert sum(len(tokens) == 6 for tokens, _ in documents) >= 2  # BOS, BOI and four codes
+    right_loss, right = expected(alone(steps(ONE), documents), "document")
+    for shape in (ONE, (2, 2, 2)) if pack else (ONE,):
+        loss, grads = gradient(steps(shape), batch)
+        np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
+        assert distance(grads, right) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def weighted_reference(steps, lora_run):
+    """Return by loss_weight (loss, gradients) with FACTORS, document by document."""
+    documents = documents_of(first_batch(lora_run), lora_run)
+    tasks = {d.tokens.tobytes(): d.task for d in loader.train_batches(
+        lora_run, lora_run.data.train).records}  # fmt: skip
+    of_task, factors = config.task_weights(FACTORS), []
+    for tokens, scored in documents:
+        modality = np.where(is_image(tokens, lora_run.vocab), FACTORS.image, FACTORS.text)
+        factors.append(scored * modality * of_task.get(tasks[tokens.tobytes()], 1.0))
+    parts = alone(steps(ONE), [(t, f) for (t, _), f in zip(documents, factors, strict=True)])
+    results = {}
+    for choice in WEIGHTS:
+        lengths = [scored.sum() if choice == "document" else 1 for _, scored in documents]
+        shares = [f.sum() / n for f, n in zip(factors, lengths, strict=True)]
+        results[choice] = expected_with(shares, parts)
+    return results
+
+
+@pytest.mark.parametrize("choice", WEIGHTS)
+@pytest.mark.parametrize("shape", [ONE, (2, 2, 2)])
+def test_factors_of_modality_and_task_weigh_gradients(
+    steps, lora_run, reference, weighted_reference, shape, choice
+):
+    run = weighing(lora_run, choice)
+    run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, weights=FACTORS))
+    batch = first_batch(run)
+    assert batch.weights.sum() == pytest.approx(1, rel=1e-5)
+    loss, grads = gradient(steps(shape), batch)
+    right_loss, right = weighted_reference[choice]
+    np.testing.assert_allclose(loss, right_loss, rtol=1e-5)
+    assert distance(grads, right) < 1e-5
+    assert distance(grads, reference[choice][1]) > 1e-2
+
+
+def test_equal_factors_change_nothing(lora_run):
+    """Bit for bit: factors of 1, and where all tasks have the same factor, up to rounding."""
+    plain = first_batch(lora_run)
+    for weights, exact in (
+        (config.LossWeights(text=1.0, image=1.0, tasks="VQA=1"), True),
+        (config.LossWeights(text=3.0, image=3.0, tasks=""), False),
+        (
+            config.LossWeights(
+                text=1.0, image=1.0, tasks="VQA=7, Visual Chat=7, Image Generation=7"
+            ),
+            False,
+        ),
+    ):
+        run = dataclasses.replace(
+            lora_run, loss=dataclasses.replace(lora_run.loss, weights=weights)
+        )
+        weighted = first_batch(run).weights
+        np.testing.assert_allclose(weighted, plain.weights, rtol=0 if exact else 1e-6)
+
+
+def test_validation_is_unweighted(lora_run):
+    loss = dataclasses.replace(lora_run.loss, weights=FACTORS)
+    run = dataclasses.replace(lora_run, loss=loss)
+    ours, theirs = (loader.eval_batches(r, r.data.train).batch(0) for r in (run, lora_run))
+    np.testing.assert_array_equal(ours.weights, theirs.weights)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (dict(tasks="VQ=2"), "weights.tasks is 'VQ=2': .* has no task 'VQ'; use names from Image"),
+        (dict(tasks="VQA=0, Visual Chat=0, Image Generation=0"), "has weight 0, so nothing would"),
+    ],
+)
+def test_weights_without_effect_are_refused(lora_run, weights, message):
+    weights = dataclasses.replace(config.LossWeights.off(), **weights)
+    run = dataclasses.replace(lora_run, loss=dataclasses.replace(lora_run.loss, weights=weights))
+    with pytest.raises(RecordsError, match=message):
+        loader.train_batches(run, run.data.train)
 
 
 def rows_equal(batch: Batch) -> np.ndarray:

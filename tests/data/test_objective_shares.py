@@ -20,6 +20,8 @@ from medmax_jax.data.records import document, synthetic, writer
 from medmax_jax.models.vocab import is_image
 
 ROOT = pathlib.Path(__file__).parents[2]
+UNWEIGHTED = dict(text=1.0, image=1.0, tasks="")
+WEIGHTED = dict(text=0.5, image=3.0, tasks="VQA=0, Visual Chat=2.5")
 TASKS = ("VQA", "Image Generation", "Visual Chat")
 
 
@@ -38,12 +40,13 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("mask", ["answers", "release"])
 @pytest.mark.parametrize("choice", ["document", "token"])
-def test_shares_of_records_are_the_training_weights(folder, choice, mask):
+@pytest.mark.parametrize("factors", [UNWEIGHTED, WEIGHTED])
+def test_shares_of_records_are_the_training_weights(folder, choice, mask, factors):
     run = micro_run.run(
-        data__train=folder, data__batch_size=64, data__pack=False, data__mask=mask,
-        train__loss_weight=choice,
+        data__train=folder, data__batch_size=50, data__pack=False, data__mask=mask,
+        train__loss_weight=choice, loss__weights=factors,
     )  # fmt: skip
-    batches = loader.eval_batches(run, folder)
+    batches = loader.train_batches(run, folder)  # the first of 50 rows: every document once
     batch, task = batches.batch(0), {d.tokens.tobytes(): d.task for d in batches.records}
     total, image = collections.Counter(), collections.Counter()
     for ids, segments, weights in zip(batch.ids, batch.segments, batch.weights, strict=True):
@@ -51,7 +54,8 @@ def test_shares_of_records_are_the_training_weights(folder, choice, mask):
             name = task[ids[segments == 1].tobytes()]
             total[name] += 100 * weights.sum()
             image[name] += 100 * weights[is_image(ids, run.vocab)].sum()
-    table = objective.shares(objective.groups_in_records(folder, mask))
+    weights = config.build(config.LossWeights, factors)
+    table = objective.shares(objective.groups_in_records(folder, mask), weights)
     assert set(table) == set(TASKS)
     for name, row in table.items():
         np.testing.assert_allclose(row[choice], total[name], rtol=1e-5)
@@ -63,10 +67,18 @@ def test_example_of_the_docstring():
         objective.DocumentGroup(task="VQA", percent=50, text=1, image=0),
         objective.DocumentGroup(task="Image Generation", percent=50, text=1, image=2),
     ]
-    table = objective.shares(kinds)
+    table = objective.shares(kinds, config.LossWeights.off())
     assert table["VQA"] == dict(document=50, document_image=0, token=25, token_image=0)
     expected = dict(document=50, document_image=100 / 3, token=75, token_image=50)
     assert table["Image Generation"] == pytest.approx(expected)
+    # Half the weight of the codes: 1/3 + 1/3 of 50 against 50, and one token of each kind.
+    half = objective.shares(kinds, config.LossWeights(text=1.0, image=0.5, tasks=""))
+    assert half["VQA"] == pytest.approx(
+        dict(document=60, document_image=0, token=100 / 3, token_image=0)
+    )
+    twice = objective.shares(kinds, config.LossWeights(text=1.0, image=1.0, tasks="VQA=2"))
+    assert twice["VQA"]["document"] == pytest.approx(200 / 3)
+    assert twice["VQA"]["token"] == pytest.approx(40)
 
 
 @pytest.mark.parametrize("question", [0, 15, 60])
@@ -92,9 +104,24 @@ def test_question_longer_than_the_text_is_rejected():
 def test_documentation_table_is_the_output_of_the_command():
     command = [sys.executable, "-m", "data.objective"]
     text = (ROOT / "docs" / "explanation" / "objective.md").read_text()
-    for flags in ([], ["--captions", "0.5"]):
+    for flags in ([], ["--captions", "0.5"], ["--image", "7.5"]):
         done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.strip() in text, flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--image", "-1"], "loss.weights.image is -1.0; it must be at least 0"),
+        (["--text", "0", "--image", "0"], "above 0 for text or image"),
+        (["--tasks", "VQ=1"], "no document has the task 'VQ'; use names from"),
+        (["--tasks", "VQA"], "'VQA' is not"),
+    ],
+)
+def test_invalid_weights_are_errors(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["objective", *flags])
+    with pytest.raises(SystemExit, match=message):
+        objective.main()
 
 
 def test_missing_records_are_an_error(tmp_path):

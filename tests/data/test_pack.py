@@ -97,13 +97,15 @@ def test_too_long_documents_are_rejected_with_the_fix():
 @settings(max_examples=50, deadline=None)
 @given(lengths=LENGTHS, seed=SEEDS, start=st.integers(0, 700))
 def test_epochs_concatenate_plans(lengths, seed, start):
-    epochs = pack.Epochs(lengths, seq_len=SEQ, pack=True, seed=seed)
-    late = epochs.row(start).tolist()  # requested first
+    epochs = pack.Epochs(
+        lambda epoch: pack.plan(lengths, seq_len=SEQ, pack=True, seed=seed, epoch=epoch)
+    )
+    late = epochs.row(start).documents.tolist()  # requested first
     rows = []
     for epoch in range(epochs.epoch(start) + 1):
         rows += rows_of(pack.plan(lengths, seq_len=SEQ, pack=True, seed=seed, epoch=epoch))
     assert rows[start] == late
-    assert epochs.row(0).tolist() == rows[0]
+    assert epochs.row(0).documents.tolist() == rows[0]
     first = len(pack.plan(lengths, seq_len=SEQ, pack=True, seed=seed, epoch=0))
     assert len(epochs.first) == first and epochs.epoch(first) == 1
 

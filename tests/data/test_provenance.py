@@ -8,7 +8,7 @@ import micro_run
 import numpy as np
 import pytest
 
-from medmax_jax import train
+from medmax_jax import config, train
 from medmax_jax.data import loader, prepare
 from medmax_jax.data.analysis import near_duplicates
 from medmax_jax.data.records import writer
@@ -76,8 +76,12 @@ def world(tmp_path_factory):
 def read_at(run, documents):
     """Return the steps, counted from 1, whose batch contains one of the documents."""
     batches = loader.train_batches(run, run.data.train)
-    rows = [np.concatenate(batches._rows(s)) for s in range(len(batches))]
-    return [s + 1 for s, row in enumerate(rows) if np.isin(row, documents).any()]
+    found = []
+    for step in range(len(batches)):
+        part, own_step = batches._at(step) if run.stages else (batches, step)
+        if np.isin(part._documents(own_step), documents).any():
+            found.append(step + 1)
+    return found
 
 
 @pytest.mark.parametrize("image", [0, 17, 42])
@@ -109,8 +113,39 @@ def test_steps_and_checkpoints_agree_with_the_batches(world, capsys, image):
         assert names == (["3", "6", "9", "adapter"] if expected else [])
         plan = writer.open_records(run.data.train), loader.train_batches(run, run.data.train)
         rows = [r for r in range(len(plan[1]._epochs.first))
-                if np.isin(plan[1]._epochs.row(r), documents).any()]  # fmt: skip
+                if np.isin(plan[1]._epochs.row(r).documents, documents).any()]  # fmt: skip
         assert result["plans"] == [dict(plan=str(top / "p.npz"), epoch=0, rows=rows)]
+
+
+@pytest.mark.parametrize("image", [0, 3, 17, 42])
+def test_steps_of_every_stage_agree_with_the_batches(tmp_path, capsys, image):
+    """The files of a run of three stages, whose last stage was extended after step 7."""
+    folder = write(tmp_path / "records", range(120))
+    place = tmp_path / "run"
+    for step in (3, 7, 13):
+        (place / "checkpoints" / str(step)).mkdir(parents=True)
+    lines = []
+    for start, last_stage in ((0, 3), (7, 6)):
+        settings = micro_run.settings(data__train=folder, train__steps=7 + last_stage)
+        settings.stages = (
+            dict(steps=3),
+            dict(steps=4, mixing=dict(weights="s=1", fraction=0.5)),
+            dict(steps=last_stage, mixing=dict(image_centric=True)),
+        )
+        run = config.from_config_dict(settings)
+        facts = setup.run_metadata(run, loader.train_batches(run, folder))
+        lines.append({name: facts[name] for name in ("data", "plan", "config")} | {"start": start})
+    (place / "config.json").write_text(json.dumps(lines[-1]))
+    (place / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = read_at(run, [2 * image, 2 * image + 1])
+    assert expected[0] <= 7 < expected[-1]
+    result = who_saw(capsys, digest(image), tmp_path)
+    seen = [(line["seen"], line["first_step"], line["last_step"]) for line in result["runs"]]
+    parts = [s for s in expected if s <= 7], [s for s in expected if s > 7]
+    assert seen == [(len(p), p[0], p[-1]) for p in parts]
+    for line in result["checkpoints"]:
+        before = [s for s in expected if s <= int(line["checkpoint"].rpartition("/")[2])]
+        assert line.get("seen", 0) == len(before)
 
 
 def test_checkpoint_before_the_first_use_is_reported(world, capsys):

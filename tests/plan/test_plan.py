@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import micro_run
 import numpy as np
 import pytest
 
@@ -22,7 +23,8 @@ from medmax_jax.configs import (
 )
 from medmax_jax.flops import GIB
 from medmax_jax.models import chameleon
-from medmax_jax.plan import analytic, hlo_analysis, search, table
+from medmax_jax.plan import analytic, api, hlo_analysis, search, table
+from medmax_jax.plan.__main__ import format_plan
 from medmax_jax.plan.topology import PlanError, mesh_of, parse
 from medmax_jax.training import step
 
@@ -178,6 +180,23 @@ def test_arithmetic_predicts_what_does_not_fit(line):
 def test_arithmetic_predicts_what_fits(line):
     run, topology = setting(*line)
     assert analytic.estimate(run, topology)["fits"]
+
+
+def test_plan_shows_the_stages_and_keeps_their_proportions(tmp_path):
+    settings = micro_run.settings(train__steps=20)
+    settings.stages = (dict(steps=5, trains="mlp"), dict(steps=15, condition_dropout=dict(all=0.5)))
+    answer = api.plan(settings, "v5e:1x1", tmp_path, seq=64, analytic=True)
+    assert answer["steps"] == 10  # rows are twice as long
+    found = [(s["first_step"], s["last_step"], s["tokens"]) for s in answer["stages"]]
+    assert found == [(1, 2, 2 * 8 * 64), (3, 10, 8 * 8 * 64)]
+    first, second = answer["stages"]
+    assert 0 < first["trained"] < first["trainable"] == second["trained"]
+    lines = [line for line in format_plan(answer) if line.startswith("stage ")]
+    assert len(lines) == 2 and "trains mlp: " in lines[0] and "condition_dropout" in lines[1]
+    assert api.plan(micro_run.settings(), "v5e:1x1", tmp_path, analytic=True)["stages"] == []
+    settings.stages = (dict(steps=20, trains="bias"),)
+    with pytest.raises(config.ConfigError, match=r"stages\[0\]\.trains is 'bias'"):
+        api.plan(settings, "v5e:1x1", tmp_path, analytic=True)
 
 
 def test_saving_more_costs_memory_and_saves_time():

@@ -1,5 +1,6 @@
 """Config files become frozen settings; the error of a wrong setting names its field and the fix."""
 
+import functools
 import importlib
 import math
 import pathlib
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from medmax_jax import config
-from medmax_jax.configs import base, medmax_7b_lora, tiny
+from medmax_jax.configs import base, medmax_7b_lora, medmax_7b_unimedvl_stages, tiny
+from medmax_jax.data import mixture
+from medmax_jax.data.packing import mixing
 
 LAUNCHES = {  # sections of docs/guides/launch.md: devices, and whether they are GPUs
     "One GPU box": (8, True),
@@ -23,7 +26,8 @@ LAUNCHES = {  # sections of docs/guides/launch.md: devices, and whether they are
 @pytest.mark.parametrize(
     "name",
     ["base", "tiny", "tiny_base", "tiny_instruct", "chameleon_30b", "medmax_7b_paper",
-     "medmax_7b_lora", "medmax_7b_qlora", "medmax_7b_full", "chameleon_30b_lora"],
+     "medmax_7b_lora", "medmax_7b_images", "medmax_7b_qlora", "medmax_7b_full",
+     "medmax_7b_unimedvl_stages", "chameleon_30b_lora"],
 )  # fmt: skip
 def test_every_config_file_builds_and_survives_a_round_trip(name):
     run = config.from_config_dict(importlib.import_module(f"configs.{name}").get_config())
@@ -34,6 +38,23 @@ def test_every_config_file_builds_and_survives_a_round_trip(name):
 def test_codes_per_image_follow_from_the_vqgan():
     assert config.from_config_dict(base.get_config()).vq.codes_per_image == 1_024
     assert config.from_config_dict(tiny.get_config()).vq.codes_per_image == 64
+
+
+def test_stages_of_unimedvl_have_its_proportions_of_the_tasks_of_medmax():
+    run = config.from_config_dict(medmax_7b_unimedvl_stages.get_config())
+    understanding = medmax_7b_unimedvl_stages.UNDERSTANDING
+    assert understanding == {task: mixture.TASKS[task] for task in understanding}
+    shares = [(75, 25, 0), (40, 45, 10), (37, 35, 25)]
+    for stage, steps, expected in zip(run.stages, (85, 120, 70), shares, strict=True):
+        assert stage.steps == pytest.approx(run.train.steps * steps / 275, abs=1)
+        parsed = mixing.parse(stage.mixing.weights, [*mixture.TASKS])
+        weights = dict(zip(mixture.TASKS, parsed, strict=True))
+        found = (
+            sum(weights[task] for task in understanding),
+            weights[mixture.GENERATION],
+            weights[mixture.INTERLEAVED],
+        )
+        assert found == pytest.approx(expected, abs=0.01)
 
 
 def test_positions_are_exact_in_fp32():
@@ -56,6 +77,16 @@ def test_positions_are_exact_in_fp32():
         ("optim.peak_lr", None, "config.optim.peak_lr is missing"),
         ("optim.peak_lr", "fast", "config.optim.peak_lr is 'fast'.*float"),
         ("train.steps", 0, "config.train.steps is 0; it must be above 0"),
+        ("loss.weights.text", -1.0, "config.loss.weights.text is -1.0; it must be at least 0"),
+        ("loss.weights.image", float("inf"), "config.loss.weights.image is inf; .* finite"),
+        (
+            "loss.weights.audio",
+            1.0,
+            "config.loss.weights.audio is not a field; the fields are text",
+        ),
+        ("loss.weights.tasks", "VQA", "config.loss.weights.tasks is 'VQA'; .* 'VQA' is not"),
+        ("loss.weights.tasks", "VQA=-1", "loss.weights.tasks is 'VQA=-1'; .* 'VQA=-1' is not"),
+        ("loss.weights.tasks", "A=1, A=2", "loss.weights.tasks is 'A=1, A=2'; .* 'A=2' is not"),
         ("train.steps", 1.5, "config.train.steps is 1.5.*int"),
         ("train.trains", "bias", "config.train.trains is 'bias'.*lora, full"),
         ("model.num_kv_heads", 3, "config.model.num_heads is 32.*num_kv_heads"),
@@ -69,6 +100,8 @@ def test_positions_are_exact_in_fp32():
         ("data.document_limit", 0, "config.data.document_limit is 0; it must be in 1..2048"),
         ("mixing.by", "image", "config.mixing.by is 'image'; it must be one of source, task"),
         ("mixing.unit", "rows", "one of documents, tokens"),
+        ("optim.schedule", "cosine", "config.optim.schedule is 'cosine'; .* one of run, stage"),
+        ("stages", 3, "config.stages is 3; it must be a list of at most 64 sections"),
         ("mixing.weights", 2, "config.mixing.weights is 2 .int.; it must be str"),
         ("data.batch_size", 3, None),
         ("mesh.fsdp", 3, "config.data.batch_size is 8; it must be a multiple"),
@@ -79,11 +112,12 @@ def test_positions_are_exact_in_fp32():
 )
 def test_wrong_settings_are_reported(path, value, message):
     settings = base.get_config().to_dict()
-    section, field = path.split(".")
+    *sections, field = path.split(".")
+    part = functools.reduce(lambda part, name: part[name], sections, settings)
     if value is None:
-        del settings[section][field]
+        del part[field]
     else:
-        settings[section][field] = value
+        part[field] = value
     if message is None:
         config.from_config_dict(settings)
     else:

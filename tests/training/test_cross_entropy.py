@@ -1,5 +1,7 @@
 """Cross-entropy against a plain reference, for all chunk counts, meshes and training modes."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +22,12 @@ def the_mesh(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 
 
 def reference(hidden, kernel, targets):
-    """-log softmax at the target, from all logits at once."""
+    """Return -log softmax at the target, log Z and the largest logit, from all logits at once."""
     logits = hidden.astype(jnp.float32) @ kernel.astype(jnp.float32)
-    logits = logits - logits.max(-1, keepdims=True)
-    log_p = logits - jnp.log(jnp.exp(logits).sum(-1, keepdims=True))
-    return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    top = logits.max(-1)
+    log_z = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
+    nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return ce.TokenValues(nll, log_z, top)
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -35,29 +38,31 @@ def arrays() -> dict[str, np.ndarray]:
         image=rng.standard_normal((WIDTH, CODES), np.float32),
         targets=rng.integers(0, VOCAB, (ROWS, LENGTH), np.int32),
         weights=rng.random((ROWS, LENGTH), np.float32),
+        z=rng.choice(np.array([0.01, 0.05], np.float32), (ROWS, LENGTH)),
     )
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[bool, tuple]:
-    """Sum, nll and gradients of hidden and kernel; True: the image columns in the kernel's place.
+def expected() -> dict[tuple[bool, bool], tuple]:
+    """Sum, values and gradients of hidden and kernel, by (tuned, with z-loss).
 
-    The sum is doubled, so that a gradient that is not scaled would show.
+    tuned: the image columns in the kernel's place. The sum is doubled, so that a gradient that is
+    not scaled would show.
     """
-    by_tuned, a = {}, arrays()
-    for tuned in (False, True):
+    by_case, a = {}, arrays()
+    for tuned, with_z in itertools.product((False, True), repeat=2):
         kernel = a["kernel"].copy()
         if tuned:
             kernel[:, 4 : 4 + CODES] = a["image"]
 
-        def total(hidden, kernel, a=a):
-            nll = reference(hidden, kernel, a["targets"])
-            return 2 * (a["weights"] * nll).sum(), nll
+        def total(hidden, kernel, a=a, z=a["z"] if with_z else 0.0):
+            values = reference(hidden, kernel, a["targets"])
+            return 2 * (a["weights"] * (values.nll + z * values.log_z**2)).sum(), values
 
-        by_tuned[tuned] = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(
+        by_case[tuned, with_z] = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(
             a["hidden"], kernel
         )
-    return by_tuned
+    return by_case
 
 
 @pytest.mark.parametrize("trains", ["lora", "full", "image_head"])
@@ -65,32 +70,35 @@ def expected() -> dict[bool, tuple]:
     "shape, chunks",
     [(MESHES[0], 1), (MESHES[0], 12), (MESHES[1], 4), *((m, 6) for m in MESHES[2:])],
 )
-def test_values_and_gradients_match_the_reference(shape, chunks, trains, expected):
+@pytest.mark.parametrize("with_z", [False, True])
+def test_values_and_gradients_match_the_reference(shape, chunks, trains, with_z, expected):
+    """With the z-loss too, whose coefficient differs from token to token."""
     a, tuned = arrays(), trains == "image_head"
-    (want, want_nll), (want_hidden, want_kernel) = expected[tuned]
+    (want, want_values), (want_hidden, want_kernel) = expected[tuned, with_z]
     with jax.set_mesh(m := the_mesh(shape)):
         put = lambda x, spec: jax.device_put(x, NamedSharding(m, spec))  # noqa: E731
-        targets, weights = (put(a[n], sharding.BATCH) for n in ("targets", "weights"))
+        targets, weights, z = (put(a[n], sharding.BATCH) for n in ("targets", "weights", "z"))
+        z = z if with_z else None
         head = HeadWeights(
             put(a["kernel"], sharding.UP), put(a["image"], sharding.UP) if tuned else None
         )
 
         def total(hidden, head):
-            found, nll = ce.weighted_nll(
-                hidden, head, targets, weights, trains_kernel=trains == "full", chunks=chunks
+            found, values = ce.weighted_nll(
+                hidden, head, targets, weights, z, trains_kernel=trains == "full", chunks=chunks
             )
-            return 2 * found, nll
+            return 2 * found, values
 
         run = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
-        (got, nll), (of_hidden, of_head) = run(put(a["hidden"], sharding.ACT), head)
+        (got, values), (of_hidden, of_head) = run(put(a["hidden"], sharding.ACT), head)
         without_gradients = jax.jit(total)(
             put(a["hidden"], sharding.ACT), head
         )  # without gradients
     close = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)  # noqa: E731
     jax.tree.map(
         close,
-        (got, nll, of_hidden, *without_gradients),
-        (want, want_nll, want_hidden, want, want_nll),
+        (got, values, of_hidden, *without_gradients),
+        (want, want_values, want_hidden, want, want_values),
     )
     assert of_hidden.sharding.spec == sharding.ACT
     if trains == "full":
@@ -115,7 +123,7 @@ def plain(hidden, kernel, chunks: int) -> tuple[jax.Array, jax.Array]:
 def test_bfloat16_is_within_bfloat16_rounding():
     a = arrays()
     hidden, kernel = (a[n].astype(jnp.bfloat16) for n in ("hidden", "kernel"))
-    exact = jax.grad(lambda h: (a["weights"] * reference(h, kernel, a["targets"])).sum())
+    exact = jax.grad(lambda h: (a["weights"] * reference(h, kernel, a["targets"]).nll).sum())
     _, got = plain(hidden, kernel, 2)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(
@@ -124,8 +132,8 @@ def test_bfloat16_is_within_bfloat16_rounding():
 
 
 def test_large_logits_do_not_overflow():
-    (_, nll), grad = plain(arrays()["hidden"] * 1e4, arrays()["kernel"], 1)
-    assert np.isfinite(nll).all() and np.isfinite(grad).all()
+    (_, values), grad = plain(arrays()["hidden"] * 1e4, arrays()["kernel"], 1)
+    assert np.isfinite(values.nll).all() and np.isfinite(grad).all()
 
 
 def test_chunks_must_divide_the_tokens():

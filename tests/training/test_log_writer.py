@@ -47,11 +47,17 @@ def test_tensorboard_reads_the_curves(tmp_path):
 def test_format_step():
     row = dict(
         loss=3.21, text_nll=2.9, image_nll=math.nan, lr=1e-3, fill=0.931, data_share=0.014,
-        tokens_per_second_per_chip=5120.4, processed_per_second_per_chip=5499.9,
+        tokens_per_second_per_chip=5120.4, processed_per_second_per_chip=5499.9, z_loss=0.0,
+        text_log_z=9.214, text_log_z_max=12.0, image_log_z=math.nan, image_log_z_max=math.nan,
+        text_max_logit=14.06, image_max_logit=math.nan, text_hidden_norm=310.4,
+        image_hidden_norm=math.nan, lora_a_norm=12.0, lora_b_norm=0.512,
     )  # fmt: skip
-    start = "step 120/300 loss 3.2100 text 2.900 image - lr 1.0e-03 tok/s/chip 5,120 "
+    start = "step 120/300 loss 3.2100 text 2.900 image - log Z 9.21 (max 12) image - (max -) "
+    start += "max logit 14.1 image - norm 310 image - A 12 B 0.512 lr 1.0e-03 tok/s/chip 5,120 "
     start += "(5,500 with padding) fill 0.93 data 1%"
     assert log_writer.format_step(120, 300, row, eta=83.0) == f"{start} eta 1:23"
+    with_z = log_writer.format_norms(row | dict(z_loss=0.0123))
+    assert with_z.endswith("A 12 B 0.512 z-loss 0.0123")
     full_row = row | dict(mfu=0.512, hfu=0.6012, hbm_peak_gib=12.06)
     assert log_writer.format_step(120, 300, full_row, eta=83.0) == (
         f"{start} MFU 51.2% HFU 60.1% HBM 12.1 GiB eta 1:23"

@@ -1,6 +1,7 @@
 """The objective on documents against a plain reference, packed or not, by kind of document."""
 
 import dataclasses
+import functools
 
 import jax
 import micro_run
@@ -64,6 +65,26 @@ def nll_alone(model, documents, run, m) -> list[np.ndarray]:
     return [np.r_[0, -n][: len(d.tokens)] for n, d in zip(log_likelihoods, documents, strict=True)]
 
 
+def check_log_z_and_norms(model, run, batch, m, parts, maxima) -> None:
+    """Compare with full logits and the last layer's output, position by position."""
+    args = (batch.ids, batch.segments, batch.positions)
+    with jax.set_mesh(m):
+        placed = sharding.shard_batch(args, m)
+        logits = np.asarray(jax.jit(lambda model, *a: model.logits(model.hidden(*a, key=None)))(
+            model, *placed))  # fmt: skip
+        last = np.asarray(jax.jit(lambda model, *a: model.hidden_states_by_layer(*a)[-1])(
+            model, *placed))  # fmt: skip
+    log_z, top = np.logaddexp.reduce(logits, -1)[:, :-1], logits.max(-1)[:, :-1]
+    norms, scored = np.linalg.norm(last, axis=-1)[:, :-1], batch.weights[:, 1:] > 0
+    image = is_image(batch.ids[:, 1:], run.vocab)
+    for name, targets in (("text", scored & ~image), ("image", scored & image)):
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, err_msg=name)
+        close(parts[f"{name}_log_z"], log_z[targets].sum())
+        close(parts[f"{name}_hidden_norm"], norms[targets].sum())
+        close(maxima[f"{name}_log_z_max"], log_z[targets].max())
+        close(maxima[f"{name}_max_logit"], top[targets].max())
+
+
 @pytest.mark.parametrize("weighing", ["document", "token"])
 def test_packed_objective_is_the_mean_over_documents(model, folder, weighing):
     """All documents of a pass: packed and not, against one document at a time."""
@@ -87,11 +108,12 @@ def test_packed_objective_is_the_mean_over_documents(model, folder, weighing):
         assert len(data) == 1
         batch = data.batch(0)
         assert (batch.segments.max() > 1) == run.data.pack
-        total, parts = on(model, run, batch, m)
+        total, (parts, maxima) = on(model, run, batch, m)
         np.testing.assert_allclose(total, expected, rtol=1e-5)
         np.testing.assert_allclose(parts["text_nll"], sum(text), rtol=1e-5)
         np.testing.assert_allclose(parts["image_nll"], sum(image), rtol=1e-5)
         assert (parts["text_count"], parts["image_count"]) == (len(text), len(image))
+        check_log_z_and_norms(model, run, batch, m, parts, maxima)
         eval_metrics = metrics.EvalMetrics.single_from_model_output(
             **parts, weighted_loss=total, share=1.0
         )

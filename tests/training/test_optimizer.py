@@ -16,7 +16,7 @@ OPTIM = config.build(config.Optim, base.get_config().optim)
 
 
 def rate(k: int, steps: int = 10, **changes: float) -> float:
-    return float(optimizer.learning_rate(k, dataclasses.replace(OPTIM, **changes), steps=steps))
+    return float(optimizer.learning_rate(k, dataclasses.replace(OPTIM, **changes), steps=(steps,)))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_first_updates_match_adamw_after_clipping():
     settings = dataclasses.replace(
         OPTIM, peak_lr=0.1, warmup_ratio=0.0, final_lr_ratio=1.0, weight_decay=0.5
     )
-    tx = optimizer.make_optimizer(settings, steps=10)
+    tx = optimizer.make_optimizer(settings, steps=(10,))
     params = {"kernel": jnp.array([1.0, 2.0]), "scale": jnp.array([3.0])}
     state = tx.init(params)
     m, v, expected = np.zeros(3), np.zeros(3), np.array([1.0, 2.0, 3.0])

@@ -20,7 +20,7 @@ def settings(**changes: float) -> Optim:
 
 def run_steps(config: Optim, losses: list[float], scales: list[float]) -> list[np.ndarray]:
     """The parameters after each step; gradients are `scales` in every place."""
-    tx = optimizer.make_optimizer(config, steps=len(losses))
+    tx = optimizer.make_optimizer(config, steps=(len(losses),))
     params = {"w": jnp.ones(3)}
     state, history = tx.init(params), []
 

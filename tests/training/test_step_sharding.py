@@ -23,10 +23,13 @@ MESHES = ((1, 8, 1), (2, 2, 2), (1, 2, 4))
 QUANT = dict(model__hidden_size=512, model__intermediate_size=256, train__init_from="abstract")
 LONG = dict(data__seq_len=128)
 PLAIN = dict(lora__dropout=0.0)
+Z_LOSS = dict(loss__z=dict(text=1e-3, image=1e-2))
 CASES: dict[str, dict] = {
     # pairs that interact, on a mesh of all axes in every run
-    "splash, dropout, remat": LONG | dict(model__attention="splash_interpret", model__remat="attn"),
-    "nf4, accumulation, dropout, remat": QUANT | dict(
+    "splash, dropout, remat, z-loss": LONG | Z_LOSS | dict(
+        model__attention="splash_interpret", model__remat="attn", train__residual_dropout=0.05
+    ),
+    "nf4, accumulation, dropout, remat, z-loss": QUANT | Z_LOSS | dict(
         model__quant="nf4", optim__accumulate=2, model__remat="dots"
     ),
     "image head, bf16 base": dict(
@@ -44,7 +47,7 @@ CASES: dict[str, dict] = {
     "image head": dict(train__trains="image_head", lora__rank=0),
     "accumulation": PLAIN | dict(optim__accumulate=2),
 }  # fmt: skip
-QUICK = ("splash, dropout, remat", "image head, bf16 base")  # the others are slow
+QUICK = ("splash, dropout, remat, z-loss", "image head, bf16 base")  # the others are slow
 
 
 @pytest.fixture(scope="module")
