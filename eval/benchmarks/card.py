@@ -36,12 +36,13 @@ class TaskSpec:
 
     counts: of its rows, in its own form; None: not published. counted: the source of the numbers.
     left_out: rows that the benchmark assigns to the task and the suite leaves out, because they are
-    called closed and are not answered by yes or no. metric: what published scores are compared with,
-    as summary.json names it; the headline, unless it is a score of `sets`. differs: how the published evaluation differs from this suite's strict mode. own_correct: the
-    benchmark's own rule, by a complete text and its record; None: it gives the answer no score. The
-    summary has its share of correct answers next to the strict metric. own_scores: where it is more
-    than that share, the benchmark's own scores of the records of the task, by metric. own_scorer:
-    the benchmark's code that these were compared with, at its commit, and on how many outputs they
+    called closed and are not answered by yes or no. metric: what published scores are compared
+    with, as summary.json names it; the headline, unless it is a score of `sets`. differs: how the
+    published evaluation differs from this suite's strict mode. own_correct: the benchmark's own
+    rule, by a complete text and its record; None: it gives the answer no score. The summary has its
+    share of correct answers next to the strict metric. own_scores: where it is more than that
+    share, the benchmark's own scores of the records of the task, by metric. own_scorer: the
+    benchmark's code that these were compared with, at its commit, and on how many outputs they
     agree. sets: questions that count together. run_by: other frameworks that run it.
     """
 
