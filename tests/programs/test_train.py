@@ -89,7 +89,9 @@ def test_lora_run_writes_the_documented_files(done, base):
     assert written["versions"]["jax"] == jax.__version__ and written["data"]
     assert set(written["environment"]) == {"date", "medmax_jax", "commit", "machine"}
     log = (folder / "train.log").read_text()
-    assert re.search(r"step 5/5 loss \d\.\d+ text \d\.\d+ image \d\.\d+ log Z .* lr .* eta 0:00", log)
+    assert re.search(
+        r"step 5/5 loss \d\.\d+ text \d\.\d+ image \d\.\d+ log Z .* lr .* eta 0:00", log
+    )
     assert "layers.self_attn.q_proj.lora_a" in log  # the parameter table
     assert f"plan {written['plan'][:12]}" in log and "train: generated     100.0%" in log
     steps = [int(p.name) for p in (folder / "checkpoints").iterdir()]
