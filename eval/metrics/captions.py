@@ -10,13 +10,13 @@ METRICS_NOT_RUN are those that need weights or data in addition to their package
 """
 
 import collections
-import importlib.util
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
+from sacrebleu.metrics import BLEU
 
 from medmax_jax.eval.stats import intervals
 
@@ -35,17 +35,6 @@ METRICS_NOT_RUN: Mapping[str, str] = {
 Ngrams = collections.Counter[tuple[str, ...]]
 
 
-def not_run(metrics: Collection[str]) -> dict[str, str]:
-    """Return metric -> why it is not computed, of a table of captions that has these metrics."""
-    missing = {} if "bleu" in metrics else {"bleu": "needs the package sacrebleu"}
-    return missing | dict(METRICS_NOT_RUN)
-
-
-def has_bleu() -> bool:
-    """Return whether the package sacrebleu is installed."""
-    return importlib.util.find_spec("sacrebleu") is not None
-
-
 def bleu_interval(
     answers: Sequence[str],
     references: Sequence[str],
@@ -57,8 +46,6 @@ def bleu_interval(
 
     Its signature is nrefs:1|case:lc|eff:no|tok:13a|smooth:exp; sacrebleu prints 100 times this.
     """
-    from sacrebleu.metrics import BLEU
-
     metric = BLEU(lowercase=True, effective_order=True)  # of the counts, which it does not change
     pairs = zip(answers, references, strict=True)
     scores = [metric.sentence_score(answer, [reference]) for answer, reference in pairs]

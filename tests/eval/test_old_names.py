@@ -10,7 +10,7 @@ from test_eval_models import run, write_items
 from medmax_jax.eval import compare, report
 from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import per_record
-from medmax_jax.eval.pipeline import inference, stages
+from medmax_jax.eval.pipeline import inference, run_facts
 from medmax_jax.eval.tasks import items as task_items
 
 COLUMNS = {"predicted_modality": "looks_like", "modality": "kind"}
@@ -102,5 +102,5 @@ def test_digests_of_items_are_those_of_earlier_runs(tmp_path):
     record = json.loads((tmp_path / "out" / "records.jsonl").read_text().splitlines()[0])
     assert record["modality"] == "" and "kind" not in record
     (item,) = task_items.from_rows([json.loads(items.read_text().splitlines()[0])])
-    fields = stages._digest_fields(item)
+    fields = run_facts._digest_fields(item)
     assert fields["kind"] == "" and "modality" not in fields

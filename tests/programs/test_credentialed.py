@@ -218,7 +218,7 @@ def test_later_messages_contain_nothing_of_a_row(tmp_path):
     assert "SECRET" not in str(wrong.value)
     record = EvalRecord.of(items[0], text="")
     with pytest.raises(comparison.ComparisonError, match="prompt of a credentialed item differs"):
-        comparison._check_same(record, dataclasses.replace(record, prompt="SECRET2"))
+        comparison.check_same(record, dataclasses.replace(record, prompt="SECRET2"))
 
 
 def test_a_probe_with_a_credentialed_image_is_credentialed():

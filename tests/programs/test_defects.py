@@ -132,7 +132,9 @@ def test_13_14_16_strict_has_no_penalty_and_states_image_sampling():
 def test_22_the_reference_caption_counts(tmp_path):
     one = eval_setup.item("captioning_x", "captioning", 0, answer="A CT of the chest")
     rows = aggregate.summary([eval_setup.record(one, "A CT of the chest")], **SETTINGS)
-    assert {row.metric: row.value for row in rows} == {"token_f1": 1, "rouge_l": 1}
+    assert {row.metric: row.value for row in rows} == {
+        "token_f1": 1, "rouge_l": 1, "bleu": pytest.approx(1), "cider": 0
+    }  # fmt: skip
     assert "caption_caption" in per_record.IMAGE_METRICS["captioning"]
 
 
