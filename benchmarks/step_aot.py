@@ -12,7 +12,8 @@ Widths are those of 7B, the depth is small so that it compiles in seconds. Print
     gflops, gbytes  XLA's cost analysis, per device; it counts the body of a loop once
 
 --reports=loss compiles the step without what a log line reports in addition to the loss (log Z,
-largest logits, norms): the difference is their cost.
+largest logits, norms): the difference is their cost. --lowered prints the two numbers of the cost
+analysis before compilation, where no operation is fused, so bytes are an upper bound.
 """
 
 import argparse
@@ -50,10 +51,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows per device")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
     parser.add_argument("--reports", choices=("all", "loss"), default="all")
+    parser.add_argument("--lowered", action="store_true", help="before compilation, for CPUs")
     parser.add_argument("--hlo", default="", help="file for the compiled program")
     args = parser.parse_args()
     begin = time.monotonic()
-    compiled = compile_step(args)
+    lowered = lower_step(args)
+    if args.lowered:
+        cost = lowered.cost_analysis()
+        report = dict(layers=args.layers, rows=args.rows, set=args.set, reports=args.reports)
+        report |= dict(gflops=cost["flops"] / 1e9, gbytes=cost["bytes accessed"] / 1e9)
+        print(json.dumps(report))
+        return
+    compiled = lowered.compile()
     text = compiled.as_text()
     if args.hlo:
         with open(args.hlo, "w") as file:
@@ -74,8 +83,8 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def compile_step(args: argparse.Namespace) -> Any:
-    """Compile the program of `step.make_train_step` for the topology without allocation."""
+def lower_step(args: argparse.Namespace) -> Any:
+    """Lower the program of `step.make_train_step` for the topology without allocation."""
     sizes = tuple(int(n) for n in args.mesh.split(","))
     settings = base.get_config()
     settings.model.num_layers = args.layers
@@ -90,7 +99,8 @@ def compile_step(args: argparse.Namespace) -> Any:
     if settings.model.quant != "none":
         settings.train.init_from = "abstract"  # never read: nothing is loaded here
     run = config.from_config_dict(settings)
-    mesh = make_topology_mesh(args.topology, args.mesh)
+    topology_mesh = lambda: make_topology_mesh(args.topology, args.mesh)  # noqa: E731
+    mesh = sharding.make_mesh(run.mesh) if args.lowered else topology_mesh()
     with jax.set_mesh(mesh):
         like = chameleon.abstract_model(run.model, run.vocab, run.lora)
         graph, trainable, frozen = step.split_trainable(like, run.train.trains)
@@ -103,14 +113,14 @@ def compile_step(args: argparse.Namespace) -> Any:
         train_step = step.make_train_step(graph, run)
         if args.reports == "loss":
             train_step = _without_reports(train_step)
-        return train_step.lower(state, frozen, step.abstract_batch(run), key).compile()
+        return train_step.lower(state, frozen, step.abstract_batch(run), key)
 
 
 def _without_reports(train_step: Any) -> Any:
     """Return the step with the loss as its only report; the compiler removes what is not used."""
 
     def with_loss(state: Any, *args: Any) -> tuple[Any, Any]:
-        state, metrics = train_step(state, *args)
+        state, metrics = train_step.default(state, *args)
         return state, (metrics.loss, metrics.text_nll, metrics.image_nll, metrics.grad_norm)
 
     return sharding.jit(with_loss, donate_argnums=0)

@@ -105,7 +105,7 @@ def _run(how, head, hidden, targets, weights, z, *, grads: bool) -> tuple:
     """Return (total, values, d_hidden, d_kernel, d_image) by shard_map; None: unused gradients."""
     trains_kernel, chunks = how
     required = (grads, grads and trains_kernel, grads and head.image is not None)
-    specs = [ACT] + [s for s, w in zip((ACT, UP, UP), required, strict=True) if w]
+    specs = 3 * [BATCH] + [s for s, w in zip((ACT, UP, UP), required, strict=True) if w]
     local = functools.partial(_local, required=required, chunks=chunks)
     # Gathered tokens vary over fewer axes than shard_map can infer.
     run = jax.shard_map(
@@ -116,9 +116,8 @@ def _run(how, head, hidden, targets, weights, z, *, grads: bool) -> tuple:
         ),
         out_specs=tuple(specs), check_vma=False,
     )  # fmt: skip
-    values, *grads_found = run(head, hidden, targets, weights, z)
-    values = TokenValues(*jnp.moveaxis(values, -1, 0))
-    left = iter(grads_found)
+    found = run(head, hidden, targets, weights, z)
+    values, left = TokenValues(*found[:3]), iter(found[3:])
     total = (weights * values.nll).sum()
     if z is not None:
         total += (weights * z * values.log_z**2).sum()
@@ -141,8 +140,7 @@ def _local(head, hidden, targets, weights, z, *, required: tuple, chunks: int) -
         sums = jnp.stack([exp.sum(1), jnp.where(is_target, logits, 0).sum(1)])
         total, of_target = jax.lax.psum(sums, SLICES)
         log_z = jnp.log(total) + top
-        values = jnp.stack([log_z - of_target, log_z, top], axis=-1)
-        values = _own_rows(values, part[1].shape[0])
+        values = [_own_rows(v, part[1].shape[0]) for v in (log_z - of_target, log_z, top)]
         if not required[0]:
             return d_head, (values, None)
         softmax = exp / total[:, None]
@@ -161,7 +159,7 @@ def _local(head, hidden, targets, weights, z, *, required: tuple, chunks: int) -
     split = lambda a: jnp.reshape(a, (chunks, -1, *a.shape[2:]))  # noqa: E731
     parts = tuple(split(a) for a in (hidden, targets, weights, z) if a is not None)
     d_head, (values, d_hidden) = jax.lax.scan(chunk, d_head, parts)
-    out = [values.reshape(*targets.shape, 3)]
+    out = [value.reshape(targets.shape) for value in values]
     if required[0]:
         out.append(d_hidden.reshape(hidden.shape))
     if d_head is not None:
