@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
         "vqa_closed,vqa_mcq,vqa_open,vqa_numeric,captioning,visual_chat"
     )
     config.options = True  # also: the likelihoods of the options of closed and mcq questions
+    config.verbalized_confidence = False  # also: ask how confident each closed and mcq answer is
     config.scorers = ""  # of images: efficientnet_lite0:WHEEL, biomedclip:FOLDER
     config.train_records = ""  # folder of training records; empty: contamination unknown
     config.train_model = ""  # model folder that wrote them; empty: the evaluated one
