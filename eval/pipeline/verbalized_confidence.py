@@ -9,6 +9,7 @@ headline accuracy counts it: an unparsed answer is wrong. Answers without text a
 are not asked about; replies without exactly one number are counted and left out of every measure.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -74,11 +75,19 @@ def answer_of(record: EvalRecord) -> str:
     return "" if record.error else answer_text(record).strip()
 
 
-def make_request(item: Item, answer: str, *arguments: Any, **options: Any) -> base.ModelRequest:
+def make_request(
+    item: Item,
+    answer: str,
+    folder: Path,
+    mode: str,
+    prompt: str,
+    *,
+    perturbed: Path | None = None,
+) -> base.ModelRequest:
     """Return the request of inference.make_request, with the answer and the question about it."""
-    request = inference.make_request(item, *arguments, **options)
-    fields = vars(request) | dict(parts=confidence_parts(request.parts, answer))
-    return base.ModelRequest(**fields | dict(max_tokens=MAX_TOKENS))
+    request = inference.make_request(item, folder, mode, prompt, perturbed=perturbed)
+    parts = confidence_parts(request.parts, answer)
+    return dataclasses.replace(request, parts=parts, max_tokens=MAX_TOKENS)
 
 
 def ask(
@@ -99,6 +108,7 @@ def ask(
     Interrupted where requests had no reply, so that the same command requests them again.
     """
     asked = [r for r in records if r.family in CLOSED_FAMILIES and answer_of(r)]
+    folder = Path(images_folder)
     with io_journal.open_journal(out) as journal:
         rows = io_journal.checked(journal.rows, _FIELDS, journal.path)
         lines_by_id = {line["id"]: line for line in rows}
@@ -114,9 +124,7 @@ def ask(
         for start in range(0, len(todo), window):
             part = todo[start : start + window]
             requests = [
-                make_request(
-                    r, answer_of(r), Path(images_folder), mode, prompt, perturbed=perturbed
-                )
+                make_request(r, answer_of(r), folder, mode, prompt, perturbed=perturbed)
                 for r in part
             ]
             batches = inference.answer_batches(model, requests)
