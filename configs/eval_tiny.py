@@ -35,9 +35,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.model = "native:medmax_jax/tiny"  # used without --model
     config.adapter = "medmax_jax/tiny_adapter"  # of config.model; empty: none
-    config.questions = (
-        "sample"  # or JSONL files of rows in the released schema, separated by commas
-    )
+    config.questions = "sample"  # or JSONL files in the released schema, separated by commas
     config.images = ""  # folder that image_path is relative to; empty: that of the first file
     config.split = "test"  # of the sample
     config.counts = ConfigDict(  # items of each family, alternating groups; -1: all
