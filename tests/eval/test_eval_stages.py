@@ -29,8 +29,7 @@ def all_stages(tmp_path, url):
         now.judge, endpoint=f"m@{url}", repeats=2, paper=True, service=service
     )
     probes = ("blank", "shuffled", "swapped", "rotated")
-    more = dict(probes=probes[:1] + probes[2:], options=True, verbalized_confidence=True)
-    return dataclasses.replace(now, judge=judge, **more)
+    return dataclasses.replace(now, judge=judge, probes=probes[:1] + probes[2:], options=True)
 
 
 def test_every_stage_adds_to_the_summary_and_none_is_repeated(folder, tmp_path):
@@ -42,15 +41,7 @@ def test_every_stage_adds_to_the_summary_and_none_is_repeated(folder, tmp_path):
         calls = len(llm.requests)
         again = eval_setup.content(stages.run(all_stages(tmp_path, llm.url), out, **arguments))
         assert len(llm.requests) == calls > 0
-    names = {
-        "records",
-        "options",
-        "confidence",
-        "judgments",
-        "judge_calls",
-        "probe_blank",
-        "probe_swapped",
-    }
+    names = {"records", "options", "judgments", "judge_calls", "probe_blank", "probe_swapped"}
     assert names | {"probe_rotated_1"} <= {name.removesuffix(".jsonl") for name in files}
     for name, data in files.items():
         assert name == "history.jsonl" or (out / name).read_bytes() == data, name
@@ -67,8 +58,6 @@ def test_every_stage_adds_to_the_summary_and_none_is_repeated(folder, tmp_path):
     assert {("rotated_1", "pmc_vqa_mcq"), ("rotated_all", "pmc_vqa_mcq")} <= probed
     likely = {(row["task"], row["metric"]) for row in summary["calibration"]["rows"]}
     assert ("vqa_rad_closed", "ece") in likely and ("pmc_vqa_mcq", "accuracy_at_80") in likely
-    asked = {json.loads(line)["id"] for line in files["confidence.jsonl"].splitlines()}
-    assert asked and summary["verbalized"]["left_out"] == 2 - len(asked)
     assert summary["contamination"] is None and summary["scorers"] == {}
     json.dumps(summary, allow_nan=False)
 

@@ -201,6 +201,16 @@ def test_an_interrupted_stage_resumes_without_repeated_requests(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_shipped_model_is_asked_about_each_answer(tmp_path):
+    counts = dict.fromkeys(task_items.FAMILIES, 0) | dict(vqa_closed=3, vqa_mcq=3)
+    arguments = SETTINGS | dict(options=False, verbalized_confidence=True, counts=counts)
+    result = evaluate("native:medmax_jax/tiny", "sample", tmp_path / "out", **arguments)
+    rows = journal.read_jsonl(tmp_path / "out" / "confidence.jsonl")
+    assert len(rows) + result["verbalized"]["left_out"] == 6 and len(rows) > 0
+    assert all(row["text"] for row in rows)
+
+
+@pytest.mark.slow
 def test_a_killed_stage_repeats_only_requests_in_flight(tmp_path):
     """SIGKILL of the program after the answers, while a server counts its requests."""
     items, out = write_items(tmp_path / "data"), tmp_path / "out"
