@@ -162,15 +162,16 @@ def _confidence_requests(
         for record in read_records(path)
     }
     items = [item for item in eval_set.items if item.family in CLOSED_FAMILIES]
+    bounds = {family: FAMILIES[family].tokens[settings.mode] for family in CLOSED_FAMILIES}
+    if spec.kind == "endpoint":
+        endpoint = endpoint_model.make_endpoint(spec.where, settings.service, field="service")
+        bounds = {f: endpoint_model.reply_bound(endpoint, n) for f, n in bounds.items()}
     requests = []
     for item in _without_record(items, workdir / verbalized_confidence.CONFIDENCE):
-        length = FAMILIES[item.family].tokens[settings.mode] * cached_chat_api.CHARS_PER_TOKEN
-        if answer := answers.get(item.id, "x" * length):
-            requests.append(
-                verbalized_confidence.make_request(
-                    item, answer, eval_set.folder, settings.mode, settings.prompt
-                )
-            )
+        longest = "x" * bounds[item.family] * cached_chat_api.CHARS_PER_TOKEN
+        if answer := answers.get(item.id, longest):
+            arguments = (eval_set.folder, settings.mode, settings.prompt)
+            requests.append(verbalized_confidence.make_request(item, answer, *arguments))
     return requests
 
 

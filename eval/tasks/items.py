@@ -138,7 +138,7 @@ def confidence_parts(parts: Sequence[Path | str], answer: str) -> tuple[Path | s
 
 
 def _answered(parts: Sequence[Path | str], answer: str) -> list[Path | str]:
-    """Return a question with its answer at the end of the text; "" for one without text."""
+    """Return a question with "Answer:" and the answer after its last part, which is a text then."""
     *first, text = parts if isinstance(parts[-1], str) else (*parts, "")
     text = text if text.endswith("Answer:") else f"{text}\nAnswer:".lstrip("\n")
     return [*first, text + (f" {answer}\n\n" if answer else "")]
