@@ -35,9 +35,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.model = "native:medmax_jax/tiny"  # used without --model
     config.adapter = "medmax_jax/tiny_adapter"  # of config.model; empty: none
-    config.questions = (
-        "sample"  # or JSONL files of rows in the released schema, separated by commas
-    )
+    config.questions = "sample"  # or JSONL files in the released schema, separated by commas
     config.images = ""  # folder that image_path is relative to; empty: that of the first file
     config.split = "test"  # of the sample
     config.counts = ConfigDict(  # items of each family, alternating groups; -1: all
@@ -65,6 +63,7 @@ def get_config() -> ConfigDict:
         "vqa_closed,vqa_mcq,vqa_open,vqa_numeric,captioning,visual_chat"
     )
     config.options = True  # also: the likelihoods of the options of closed and mcq questions
+    config.verbalized_confidence = False  # also: ask how confident each closed and mcq answer is
     config.scorers = ""  # of images: efficientnet_lite0:WHEEL, biomedclip:FOLDER
     config.train_records = ""  # folder of training records; empty: contamination unknown
     config.train_model = ""  # model folder that wrote them; empty: the evaluated one

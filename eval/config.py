@@ -91,6 +91,7 @@ class Settings:
     probes: tuple[str, ...]
     probe_families: tuple[str, ...]
     options: bool
+    verbalized_confidence: bool
     scorers: tuple[str, ...]
     train_records: str
     train_model: str

@@ -93,9 +93,9 @@ class Summary:
     floors: the scores of the baselines. baselines: paired comparisons with answers to the same
     items, {name, says, scores}. cards: of the user's own tasks. not_run: {task, why}. recorded: how
     many rows of another program's predictions are of items, and why not. image_sets: KID and
-    diversity. probes, calibration, contamination: {reason, rows, ..} of the stage of that name;
-    None where it was not requested. modality_ceiling: the upper bound of modality_match. spent: on
-    an endpoint.
+    diversity. probes, calibration, verbalized, contamination: {reason, rows, ..} of the stage of
+    that name; None where it was not requested. modality_ceiling: the upper bound of modality_match.
+    spent: on an endpoint.
     """
 
     model: str
@@ -117,6 +117,7 @@ class Summary:
     image_sets: tuple[Mapping[str, Any], ...] = ()
     probes: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
+    verbalized: Mapping[str, Any] | None = None
     contamination: Mapping[str, Any] | None = None
     errors: int = 0
     modality_ceiling: Mapping[str, Any] | None = None

@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from medmax_jax.endpoints import cached_chat_api, egress
 from medmax_jax.endpoints.chat_api import TransientError, check_ready, cost
 from medmax_jax.eval.config import Settings
+from medmax_jax.eval.metrics.per_record import CLOSED_FAMILIES
 from medmax_jax.eval.models import base, loading
 from medmax_jax.eval.models import endpoint as endpoint_model
-from medmax_jax.eval.pipeline import inference, judging, perturbation
-from medmax_jax.eval.records import EvalRecord, Item
+from medmax_jax.eval.pipeline import inference, judging, perturbation, verbalized_confidence
+from medmax_jax.eval.records import EvalRecord, Item, read_records
 from medmax_jax.eval.tasks import probes
 from medmax_jax.eval.tasks.families import FAMILIES
 from medmax_jax.eval.tasks.selection import EvalSet, Shard
@@ -37,31 +40,35 @@ def estimate_cost(
     """Return the estimate of the remaining work.
 
     Raises where data may not be sent or where it would cost more than max_usd. Tokens, price and
-    minutes are of the items and of their probes.
+    minutes are of the items, of their probes and of the requests for the confidence in answers.
     """
     shard_items = eval_set.items[shard.index :: shard.count]
     left, probe_items = _remaining_items(settings, eval_set, spec, workdir, shard)
+    confidence = _confidence_requests(settings, eval_set, spec, workdir, shard)
     calls = cached_chat_api.known_replies(shard.file(workdir / loading.CALLS))
     parts = [
         _tokens(settings, spec, _requests(settings, eval_set, left, workdir), calls),
         _bound(settings, spec, _requests(settings, eval_set, probe_items, workdir)),
+        _bound(settings, spec, confidence),
     ]
     estimate = dict(
         items=len(shard_items),
         requests=len(left),
         by_family={f: n for f in FAMILIES if (n := sum(i.family == f for i in left))},
         probe_requests=len(probe_items),
+        confidence_requests=len(confidence),
         **_judge_cost(settings, eval_set, shard_items),
         **{name: _sum(part[name] for part in parts) for name in ("tokens_in", "tokens_out", "usd")},
-        minutes=_minutes(workdir, shard, len(left) + len(probe_items)),
+        minutes=_minutes(workdir, shard, len(left) + len(probe_items) + len(confidence)),
         own_bound=_own_bound(settings, spec),
     )
     max_usd = settings.service.max_usd if spec.kind == "endpoint" else None
     if max_usd is not None and estimate["usd"] > max_usd:
+        stated = f" and {len(confidence)} of config.verbalized_confidence" if confidence else ""
         raise PlanError(
             f"config.service.max_usd is {max_usd:g} but {len(left)} requests and "
-            f"{len(probe_items)} of probes cost about {estimate['usd']:.4f} USD; increase it, or "
-            "reduce config.counts or config.probes"
+            f"{len(probe_items)} of probes{stated} cost about {estimate['usd']:.4f} USD; increase "
+            "it, or reduce config.counts or config.probes"
         )
     return estimate
 
@@ -81,15 +88,16 @@ def check_endpoint(
         [r for r in _requests(settings, eval_set, items, workdir) if r.mode in modes]
         for items in _remaining_items(settings, eval_set, spec, workdir, shard)
     )
-    for data_class in {request.data_class for request in (*left, *probe_requests)}:
+    further = (*probe_requests, *_confidence_requests(settings, eval_set, spec, workdir, shard))
+    for data_class in {request.data_class for request in (*left, *further)}:
         egress.check(endpoint.url, data_class, listed=endpoint.listed)
-    if not left and not probe_requests:
+    if not left and not further:
         return
     try:
         check_ready(endpoint)
     except TransientError:
         calls = cached_chat_api.known_replies(shard.file(workdir / loading.CALLS))
-        if probe_requests or calls is None:
+        if further or calls is None:
             raise
         if endpoint_model.estimate(endpoint, left, calls)["calls"]:
             raise
@@ -134,6 +142,39 @@ def _requests(
     return [dataclasses.replace(r, parts=changed(r.parts, r.id)) for r in requests]
 
 
+def _confidence_requests(
+    settings: Settings, eval_set: EvalSet, spec: loading.ModelSpec, workdir: Path, shard: Shard
+) -> list[base.ModelRequest]:
+    """Return the remaining requests for the confidence in answers.
+
+    An answer that is not recorded yet has its maximum length. The run that merges the shards makes
+    these requests, of several hosts the first one.
+    """
+    merges = shard.count == 1 or (shard.index == 0 and jax.process_count() == shard.count)
+    if not settings.verbalized_confidence or not merges:
+        return []
+    if verbalized_confidence.unsupported_reason(spec.kind):
+        return []
+    files = inference.shard_files(workdir / OF_RECORDS)
+    answers = {
+        record.id: verbalized_confidence.answer_of(record)
+        for path in files
+        for record in read_records(path)
+    }
+    items = [item for item in eval_set.items if item.family in CLOSED_FAMILIES]
+    bounds = {family: FAMILIES[family].tokens[settings.mode] for family in CLOSED_FAMILIES}
+    if spec.kind == "endpoint":
+        endpoint = endpoint_model.make_endpoint(spec.where, settings.service, field="service")
+        bounds = {f: endpoint_model.reply_bound(endpoint, n) for f, n in bounds.items()}
+    requests = []
+    for item in _without_record(items, workdir / verbalized_confidence.CONFIDENCE):
+        longest = "x" * bounds[item.family] * cached_chat_api.CHARS_PER_TOKEN
+        if answer := answers.get(item.id, longest):
+            arguments = (eval_set.folder, settings.mode, settings.prompt)
+            requests.append(verbalized_confidence.make_request(item, answer, *arguments))
+    return requests
+
+
 def _judge_cost(settings: Settings, eval_set: EvalSet, items: Sequence[Item]) -> dict[str, Any]:
     """Return judge calls if each first reply is readable, and USD at most for full answers."""
     if not settings.judge.endpoint:
@@ -167,6 +208,8 @@ def report_estimate(estimate: dict[str, Any], progress: Callable[[str], None]) -
         for name in ("usd", "judge_usd")
     )
     progress(f"plan: probes: {estimate['probe_requests']} requests in addition")
+    if n := estimate["confidence_requests"]:
+        progress(f"plan: confidence in answers: {n} requests in addition")
     progress(
         f"plan: in total about {estimate['tokens_in']} input tokens, at most "
         f"{estimate['tokens_out']} output tokens{usd}; judge: {estimate['judge_calls']} calls"

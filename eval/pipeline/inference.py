@@ -101,11 +101,11 @@ def run_items(
                     item_progress.tick(family, len(records))
         finally:
             log.stop()
-    _check_complete(items, records_by_id, model, progress)
+    check_complete(items, records_by_id, model, progress)
     return [records_by_id[item.id] for item in items]
 
 
-def _check_complete(
+def check_complete(
     items: Sequence[Item],
     records_by_id: Mapping[str, Any],
     model: base.Model,
@@ -145,7 +145,7 @@ class _ItemRunner:
             make_request(item, self.folder, self.mode, self.prompt, perturbed=self.perturbed)
             for item in items
         ]
-        for batch, seconds in _timed(_batches(self.model, requests)):
+        for batch, seconds in _timed(answer_batches(self.model, requests)):
             seconds_per_item = round(seconds / len(batch), 4)
             yield [self.record(items[index], answer, seconds_per_item) for index, answer in batch]
 
@@ -153,7 +153,7 @@ class _ItemRunner:
         if isinstance(answer, base.FailedResponse):
             texts, generated, codes, error = [], [], [], answer.why
         else:
-            texts, generated, codes = base.split_segments(answer, where=_item_label(item))
+            texts, generated, codes = base.split_segments(answer, where=item_label(item))
             error = ""
         predicted_modality = None
         if self.classify_modality is not None and FAMILIES[item.family].mode != "text":
@@ -262,7 +262,7 @@ def _timed(batches):
         before = time.monotonic()
 
 
-def _batches(model: base.Model, requests: Sequence[base.ModelRequest]):
+def answer_batches(model: base.Model, requests: Sequence[base.ModelRequest]):
     """Yield lists of (index, segments) as the model completes them."""
     stream = getattr(model, "stream", None)
     if stream is None:
@@ -289,7 +289,8 @@ def _batches(model: base.Model, requests: Sequence[base.ModelRequest]):
         yield batch
 
 
-def _item_label(item: Item) -> str:
+def item_label(item: Item) -> str:
+    """Return an item's name in messages about its answer."""
     return "a credentialed item" if is_credentialed(item) else f"item {item.id}"
 
 

@@ -14,7 +14,7 @@ out and counted. Models without `score_options` have no such scores: n/a, with t
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,6 @@ from medmax_jax.io.journal import open_journal
 from medmax_jax.io.progress import SECONDS, ItemProgress, report_waiting
 
 OPTIONS = "options.jsonl"
-BINS = 10  # of the calibration error, with equally many answers each
-COVERAGE = 0.8
-STEPS = 10  # coverages of a curve: 0.1, 0.2 .. 1
 ABSENT = "n/a: this model has no method score_options"
 
 
@@ -114,29 +111,64 @@ def summary(
     resampling: intervals.Resampling,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Return {reason, rows, left_out, bins, curves}, the last two by task.
-
-    rows {task, metric, n, groups, few_groups, value, ci_low, ci_high}
-    bins {n, groups, few_groups, confidence, low, high, accuracy, ci_low, ci_high}, least confident
-    first; low and high are the ends of the confidences in it
-    curves {coverage, n, groups, few_groups, risk, ci_low, ci_high} at coverage 0.1, 0.2 .. 1
+    """Return {reason, rows, left_out, bins, curves}, as `summarize_tasks` does.
 
     `n_items`: closed and multiple choice items of the run. `reason`: why there are no lines.
-    `progress` gets a line every few seconds: tens of thousands of items take half a minute.
     """
     if not lines:
         return dict(reason=reason or "no item has options that can be parsed", rows=[])
+    tasks = dict.fromkeys(line["task"] for line in lines)
+    answers = {task: scored_answers([x for x in lines if x["task"] == task]) for task in tasks}
+    names = {"accuracy": "accuracy_by_likelihood"}
+    result = summarize_tasks(answers, names, resampling=resampling, progress=progress)
+    return dict(reason="", left_out=n_items - len(lines)) | result
+
+
+def summarize_tasks(
+    answers: Mapping[str, calibration.ScoredAnswers],
+    names: Mapping[str, str],
+    *,
+    resampling: intervals.Resampling,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return {rows, bins, curves} of the answers by task, the last two by task.
+
+    rows {task, metric, n, groups, few_groups, value, ci_low, ci_high}
+    bins as calibration.reliability_bins has them
+    curves {coverage, n, groups, few_groups, risk, ci_low, ci_high} at coverage 0.1, 0.2 .. 1
+
+    names: of measures whose metric has another name. `progress` gets a line every few seconds: tens
+    of thousands of items take half a minute.
+    """
     rows, bins, curves = [], {}, {}
-    for task in dict.fromkeys(line["task"] for line in lines):
-        task_lines = [line for line in lines if line["task"] == task]
+    for task, task_answers in answers.items():
         item_progress = ItemProgress(resampling.resamples, "resamples", progress, every=SECONDS)
         tick = functools.partial(item_progress.tick, f"calibration of {task}", 1)
-        measures, risks = _measures(task_lines, tick, resampling=resampling)
-        rows += [dict(task=task, metric=name) | value.row() for name, value in measures.items()]
+        measures, risks = calibration.measures(task_answers, tick=tick, resampling=resampling)
+        rows += [
+            dict(task=task, metric=names.get(name, name)) | value.row()
+            for name, value in measures.items()
+        ]
         curves[task] = [dict(coverage=at) | risk.row("risk") for at, risk in risks.items()]
-        bins[task] = _bins(task_lines, resampling=resampling)
-    left_out = n_items - len(lines)
-    return dict(reason="", rows=rows, left_out=left_out, bins=bins, curves=curves)
+        bins[task] = calibration.reliability_bins(task_answers, resampling=resampling)
+    return dict(rows=rows, bins=bins, curves=curves)
+
+
+def scored_answers(lines: Sequence[dict[str, Any]]) -> calibration.ScoredAnswers:
+    """Return the most likely option of each line as its answer, with its probability."""
+    probabilities = [calibration.option_probabilities(line["log_likelihoods"]) for line in lines]
+    answers = [line["answer"] for line in lines]
+    choices = [calibration.top_option(of_line) for of_line in probabilities]
+    correct = [best == answer for (best, _), answer in zip(choices, answers, strict=True)]
+    pairs = zip(probabilities, answers, strict=True)
+    brier = [calibration.brier([of_line], [answer]) for of_line, answer in pairs]
+    return calibration.ScoredAnswers(
+        confidence=np.array([confidence for _, confidence in choices]),
+        correct=np.array(correct, np.float64),
+        brier=np.array(brier),
+        brier_max=2.0,
+        groups=[line["group"] for line in lines],
+    )
 
 
 def _line(model: Any, item: Item, log_likelihoods: Sequence[float]) -> dict[str, Any]:
@@ -151,63 +183,3 @@ def _line(model: Any, item: Item, log_likelihoods: Sequence[float]) -> dict[str,
         answer=correct_option(item),
         model=str(getattr(model, "fingerprint", type(model).__name__)),
     )
-
-
-def _confidences(lines: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the confidence, the correctness and the Brier score of each line."""
-    probabilities = [calibration.option_probabilities(line["log_likelihoods"]) for line in lines]
-    answers = [line["answer"] for line in lines]
-    choices = [calibration.top_option(of_line) for of_line in probabilities]
-    correct = [best == answer for (best, _), answer in zip(choices, answers, strict=True)]
-    pairs = zip(probabilities, answers, strict=True)
-    brier = [calibration.brier([of_line], [answer]) for of_line, answer in pairs]
-    return np.array([c for _, c in choices]), np.array(correct, np.float64), np.array(brier)
-
-
-def _measures(
-    lines: Sequence[dict[str, Any]], tick: Callable[[], None], *, resampling: intervals.Resampling
-) -> tuple[dict[str, intervals.Interval], dict[float, intervals.Interval]]:
-    """Return (measures by name, risk at coverage 0.1, 0.2 .. 1) from one shared bootstrap.
-
-    `tick` is called at each resample.
-    """
-    confidence, correct, brier = _confidences(lines)
-    groups = [line["group"] for line in lines]
-    coverages = [step / STEPS for step in range(1, STEPS + 1)]
-
-    def statistics(indices: np.ndarray) -> np.ndarray:
-        curve = calibration.risk_coverage(confidence[indices], correct[indices])
-        error = calibration.ece(confidence[indices], correct[indices], bins=BINS)
-        accuracy = calibration.accuracy_at_coverage(curve, COVERAGE)
-        risks = [1 - calibration.accuracy_at_coverage(curve, coverage) for coverage in coverages]
-        return np.array([error, curve.area, accuracy, *risks])
-
-    spans = [intervals.SHARE] * (3 + len(coverages))
-    ece, area, accuracy_at_80, *risks = intervals.pointwise_intervals(
-        statistics, groups, spans=spans, tick=tick, resampling=resampling
-    )
-    measures = {
-        "accuracy_by_likelihood": intervals.mean_interval(correct, groups, resampling=resampling),
-        "confidence": intervals.mean_interval(confidence, groups, resampling=resampling),
-        "ece": ece,
-        "brier": intervals.mean_interval(brier, groups, span=(0.0, 2.0), resampling=resampling),
-        "risk_coverage_area": area,
-        "accuracy_at_80": accuracy_at_80,
-    }
-    return measures, dict(zip(coverages, risks, strict=True))
-
-
-def _bins(
-    lines: Sequence[dict[str, Any]], *, resampling: intervals.Resampling
-) -> list[dict[str, Any]]:
-    """Return a reliability diagram: the accuracy of each bin with its interval."""
-    confidence, correct, _ = _confidences(lines)
-    chosen = calibration.equal_mass_bins(confidence, bins=BINS)
-    rows = []
-    for number in np.unique(chosen):
-        members = chosen == number
-        groups = [line["group"] for line, member in zip(lines, members, strict=True) if member]
-        row = intervals.mean_interval(correct[members], groups, resampling=resampling)
-        ends = dict(low=float(confidence[members].min()), high=float(confidence[members].max()))
-        rows.append(dict(confidence=float(confidence[members].mean())) | ends | row.row("accuracy"))
-    return rows

@@ -1,9 +1,10 @@
 """Runs one evaluation in stages; each stage is a plain function of an `EvalRun` and shares files.
 
-lock  -> plan -> answer -> options -> probe -> judge -> image scores -> summarize -> report
-         records.jsonl  options.jsonl  probe_NAME.jsonl  judgments.jsonl  image_scores.jsonl,
-                                       probe_NAME_image_scores.jsonl of captions
-                                       summary.json  report.html  history.jsonl
+lock  -> plan -> answer -> probe -> options -> confidence -> judge -> image scores -> summarize
+      -> report
+         records.jsonl  probe_NAME.jsonl  options.jsonl  confidence.jsonl  judgments.jsonl
+         image_scores.jsonl, probe_NAME_image_scores.jsonl of captions
+         summary.json  report.html  history.jsonl
 """
 
 import contextlib
@@ -35,6 +36,7 @@ from medmax_jax.eval.pipeline import (
     perturbation,
     reference_scoring,
     run_facts,
+    verbalized_confidence,
 )
 from medmax_jax.eval.records import EvalRecord, Item, is_credentialed, item_name
 from medmax_jax.eval.reporting import page
@@ -298,12 +300,14 @@ def _stages(run: EvalRun) -> Summary | None:
             f"shard {run.shard} is complete; rerun without --shard to score all shards together"
         )
         return None
-    option_lines = score_options(run)
+    option_lines, confidence_lines = score_options(run), ask_confidence(run, records)
     judgment = run_judge(run, records)
     image_sets = run_image_scoring(run, records, probed)
     compared = run_contamination_check(run)
     with report_waiting("computing scores and their intervals", run.progress):
-        summary = build_summary(run, records, probed, option_lines, judgment, image_sets, compared)
+        summary = build_summary(
+            run, records, probed, option_lines, confidence_lines, judgment, image_sets, compared
+        )
     with report_waiting("writing the report", run.progress):
         write_report(run, summary, records)
     return summary
@@ -382,6 +386,27 @@ def score_options(run: EvalRun) -> list[dict[str, Any]] | None:
     )
 
 
+def ask_confidence(run: EvalRun, records: list[EvalRecord]) -> list[dict[str, Any]] | None:
+    """Return the replies on the confidence in closed and multiple choice answers, or None."""
+    settings, model = run.settings, run.loaded.model
+    if not settings.verbalized_confidence:
+        return None
+    if reason := verbalized_confidence.unsupported_reason(run.loaded.spec.kind, model):
+        run.progress(f"confidence: {reason}")
+        return []
+    return verbalized_confidence.ask(
+        model,
+        records,
+        mode=settings.mode,
+        prompt=settings.prompt,
+        images_folder=run.eval_set.folder,
+        out=run.workdir / verbalized_confidence.CONFIDENCE,
+        progress=run.progress,
+        window=settings.window,
+        perturbed=run.perturbed,
+    )
+
+
 def run_judge(run: EvalRun, records: list[EvalRecord]) -> dict[str, Any] | None:
     """Write judgments.jsonl and return the judge's summary; None without a judge."""
     settings = run.settings.judge
@@ -439,7 +464,7 @@ def run_contamination_check(run: EvalRun) -> dict[str, Any] | None:
 
 
 def build_summary(
-    run: EvalRun, records, probed, option_lines, judge, image_sets, compared
+    run: EvalRun, records, probed, option_lines, confidence_lines, judge, image_sets, compared
 ) -> Summary:
     """Write summary.json: scores, baselines and provenance."""
     spec, mode, resampling = run.loaded.spec, run.settings.mode, run.resampling
@@ -469,6 +494,7 @@ def build_summary(
         image_sets=tuple(image_sets),
         probes=probe_summary(run, records, probed, inputs),
         calibration=calibration_summary(run, option_lines),
+        verbalized=verbalized_summary(run, records, inputs, confidence_lines, option_lines),
         contamination=contamination_summary(run, records, inputs, compared),
         errors=sum(bool(record.error) for record in records),
         modality_ceiling=run.loaded.real_image_accuracy(resampling),
@@ -501,6 +527,24 @@ def calibration_summary(run: EvalRun, option_lines) -> dict[str, Any] | None:
         option_lines,
         n_items=len(items),
         reason=reason,
+        progress=run.progress,
+        resampling=run.resampling,
+    )
+
+
+def verbalized_summary(
+    run: EvalRun, records, inputs, confidence_lines, option_lines
+) -> dict[str, Any] | None:
+    """Return the calibration of stated confidences; None if they were not requested."""
+    if confidence_lines is None:
+        return None
+    closed = [r for r in records if r.family in per_record.CLOSED_FAMILIES]
+    return verbalized_confidence.summary(
+        confidence_lines,
+        {record.id: aggregate.record_values(record, inputs)["accuracy"] for record in closed},
+        option_lines or (),
+        n_items=len(closed),
+        reason=verbalized_confidence.unsupported_reason(run.loaded.spec.kind, run.loaded.model),
         progress=run.progress,
         resampling=run.resampling,
     )

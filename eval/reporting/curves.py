@@ -1,4 +1,4 @@
-"""Draws calibration charts per task from the results of eval/pipeline/option_likelihoods.py.
+"""Draws calibration charts per task, by likelihoods or by stated confidences.
 
 reliability      x: confidence of a bin of answers, y: the share of correct ones; on the dashed
                  diagonal the model is calibrated, below it overconfident

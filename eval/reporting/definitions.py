@@ -46,8 +46,11 @@ METRICS: Mapping[str, str] = {
     "diversity": "mean distance of two generated images; compare with that of the references",
     "ece": f"expected calibration error: mean gap of confidence and accuracy; {LOWER}",
     "brier": "squared distance of the options' probabilities from the truth, 0 to 2; " + LOWER,
+    "binary_brier": "squared distance of the confidence from 1 for a correct answer and from 0 "
+    f"for a wrong one, 0 to 1; {LOWER}",
     "accuracy_by_likelihood": "share of questions whose most likely option is correct; " + HIGHER,
-    "confidence": "mean probability of the most likely option; at best equal to the accuracy",
+    "confidence": "mean probability of the most likely option, or mean stated confidence; at best "
+    "equal to the accuracy",
     "risk_coverage_area": "mean error rate over all shares of most confident answers; " + LOWER,
     "accuracy_at_80": f"accuracy of the most confident 80 % of the answers; {HIGHER}",
 }
@@ -103,6 +106,10 @@ COLUMNS: Mapping[str, str] = {
     "errors": "items whose request failed; they count as wrong",
     "wrong": "answers with a score of 0",
     "mean": "mean confidence of the bin",
+    "likelihoods": "value of the probabilities of the most likely options",
+    "verbalized": "value of the stated confidences in the answers",
+    "verbalized minus likelihoods": "difference on the same items; below 0: the stated confidences "
+    "have the smaller error",
     "confidences": "smallest and largest confidence of the bin",
 }
 

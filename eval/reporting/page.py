@@ -1,8 +1,9 @@
 """Renders one evaluation as a page and as Markdown: eval/report.py is the program.
 
     summary.json, records.jsonl  ->  the result in sentences and one chart; scores with intervals,
-                                     published scores, baselines, probes, calibration,
-                                     contamination, slices, failures, examples
+                                     published scores, baselines, probes, calibration by
+                                     likelihood and by stated confidence, contamination, slices,
+                                     failures, examples
 
 The page is self-contained: no script, no request, images embedded; each image links to its file if
 that is in the workdir. `markdown` returns its tables for a shell.
@@ -52,16 +53,22 @@ SECTION_NOTES = {  # notes on a section's rows
     "the cosine of a caption with the true image, whichever image was shown. Flips: answers whose "
     "content changed. The first three probes lower the score, and flip answers, of a model that "
     "uses the image.",
+    "verbalized": "After its answer, the model was asked how confident it is in that answer. An "
+    "answer is correct where the headline accuracy counts it as correct. Replies without one "
+    "number are left out of every number of this section. “likelihoods” and “verbalized” are of "
+    "the items that have both; each has its own answer, the most likely option or the text.",
     IMAGE_SETS: "Values and intervals are over pairs of two different groups. “subsets” are KID as "
     "it is published; their std is not an error of the mean.",
 }
 COLUMN_NAMES = {  # section -> column of the summary -> as shown
     "probes": {"before": "original", "after": "modified", "diff": "modified minus original"},
+    "verbalized": {"diff": "verbalized minus likelihoods"},
 }
 SECTIONS = (  # fields of the summary that hold rows, or {"reason", "rows"}, shown unchanged
     ("recorded", "Rows of the predictions that are not of an item"),
     ("probes", "Probes: the same questions in modified form"),
     ("calibration", "Options by likelihood, and calibration"),
+    ("verbalized", "Stated confidence, and calibration"),
     ("contamination", "Contamination: the clean and the contaminated part"),
     (IMAGE_SETS, "Complete sets of images"),
 )
@@ -293,11 +300,15 @@ def _section(summary: Summary, key: str, title: str) -> str:
     reason = content.get("reason", "") if isinstance(content, Mapping) else ""
     rows = content.get("rows", []) if isinstance(content, Mapping) else content
     body = html_page.paragraph(f"Not available: {reason}") if reason else ""
-    for table_rows in _tables(key, rows):
+    paired = content.get("paired", ()) if isinstance(content, Mapping) else ()
+    for table_rows in (*_tables(key, rows), paired):
         merged = tables.merge_interval_columns(table_rows)
         body += rows_table(tables.rename_columns(merged, COLUMN_NAMES.get(key, {})))
-    if key == "calibration":
+    if key in ("calibration", "verbalized"):
         body += curves.render_curves(content)
+    if key == "verbalized" and "n_unparsed" in content:
+        counts = "Replies without one number: {n_unparsed}. Items that were not asked: {left_out}."
+        body += html_page.paragraph(counts.format(**content), note=True)
     if key in SECTION_NOTES and rows:
         body += html_page.paragraph(SECTION_NOTES[key], note=True)
     if isinstance(content, Mapping) and content.get("compared"):

@@ -1,4 +1,4 @@
-"""Measures calibration from a model's likelihoods of a question's options.
+"""Measures calibration from confidences: likelihoods of a question's options, or stated ones.
 
     log p(option)  --softmax-->  0.7 0.2 0.1    answers option 0 with confidence 0.7
     ece            |confidence - accuracy|, weighted, in bins of equally many answers
@@ -7,13 +7,32 @@
     risk_coverage  error rate among the most confident share of the answers
 
 Answers of equal confidence are treated together: their order in a file changes no number.
+`measures` and `reliability_bins` have these with intervals over groups.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from medmax_jax.eval.stats import intervals
+
+BINS = 10  # of the calibration error, with equally many answers each
+COVERAGE = 0.8
+STEPS = 10  # coverages of a curve: 0.1, 0.2 .. 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoredAnswers:
+    """Holds the answers of one task. brier: the score of each answer, from 0 to `brier_max`."""
+
+    confidence: Float[np.ndarray, "n"]
+    correct: Float[np.ndarray, "n"]
+    brier: Float[np.ndarray, "n"]
+    brier_max: float
+    groups: Sequence[Hashable]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +122,64 @@ def accuracy_at_coverage(curve: Curve, coverage: float) -> float:
         raise ValueError(f"coverage is {coverage}; it must be in (0, 1]")
     kept = max(1, round(coverage * len(curve.risk)))
     return float(1 - curve.risk[kept - 1])
+
+
+def measures(
+    answers: ScoredAnswers,
+    *,
+    resampling: intervals.Resampling,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[Mapping[str, intervals.Interval], Mapping[float, intervals.Interval]]:
+    """Return (measures by name, risk at coverage 0.1, 0.2 .. 1) from one shared bootstrap.
+
+    `tick` is called at each resample.
+    """
+    confidence, correct, groups = answers.confidence, answers.correct, answers.groups
+    coverages = [step / STEPS for step in range(1, STEPS + 1)]
+
+    def statistics(indices: np.ndarray) -> np.ndarray:
+        curve = risk_coverage(confidence[indices], correct[indices])
+        error = ece(confidence[indices], correct[indices], bins=BINS)
+        accuracy = accuracy_at_coverage(curve, COVERAGE)
+        risks = [1 - accuracy_at_coverage(curve, coverage) for coverage in coverages]
+        return np.array([error, curve.area, accuracy, *risks])
+
+    spans = [intervals.SHARE] * (3 + len(coverages))
+    error, area, accuracy_at_80, *risks = intervals.pointwise_intervals(
+        statistics, groups, spans=spans, tick=tick, resampling=resampling
+    )
+    brier_span = (0.0, answers.brier_max)
+    by_name = {
+        "accuracy": intervals.mean_interval(correct, groups, resampling=resampling),
+        "confidence": intervals.mean_interval(confidence, groups, resampling=resampling),
+        "ece": error,
+        "brier": intervals.mean_interval(
+            answers.brier, groups, span=brier_span, resampling=resampling
+        ),
+        "risk_coverage_area": area,
+        "accuracy_at_80": accuracy_at_80,
+    }
+    return by_name, dict(zip(coverages, risks, strict=True))
+
+
+def reliability_bins(
+    answers: ScoredAnswers, *, resampling: intervals.Resampling
+) -> list[dict[str, Any]]:
+    """Return a reliability diagram: the accuracy of each bin with its interval.
+
+    Rows are {n, groups, few_groups, confidence, low, high, accuracy, ci_low, ci_high}, least
+    confident first; low and high are the ends of the confidences in it.
+    """
+    confidence, correct = answers.confidence, answers.correct
+    chosen = equal_mass_bins(confidence, bins=BINS)
+    rows = []
+    for number in np.unique(chosen):
+        members = chosen == number
+        groups = [name for name, member in zip(answers.groups, members, strict=True) if member]
+        row = intervals.mean_interval(correct[members], groups, resampling=resampling)
+        ends = dict(low=float(confidence[members].min()), high=float(confidence[members].max()))
+        rows.append(dict(confidence=float(confidence[members].mean())) | ends | row.row("accuracy"))
+    return rows
 
 
 def _checked(confidence: Sequence[float], right: Sequence[float]):

@@ -49,6 +49,10 @@ CHAMELEON = {  # the release's wordings for the base model
 # Verbatim: part of the data.
 CAPTION_PROMPT = "Please describe this picture."  # the release's prompt, whatever the row has
 DETAILED_PROMPT = "Analyze the image in a comprehensive and detailed manner."  # likewise
+CONFIDENCE_PROMPT = (  # this project's, of config.verbalized_confidence
+    "How confident are you that this answer is correct? Reply with one number from 0 to 100 only, "
+    "where 100 means certain.\nConfidence:"
+)
 IMAGE_PLACEHOLDER = "<image>"  # where a row places its image
 _MARK = re.compile(r"<image(?:[ _]?(\d{1,3}))?>")  # also numbered, as MMMU writes them
 _LETTERED = r"(?<!\w)([A-Ba-b])\s*[:.)]"  # options of a form that metrics/text.py may not read
@@ -121,10 +125,23 @@ def _shot_parts(item: Item, shot: Shot, folder: Path, prompt: str) -> list[Path 
     fields = dict(prompt=shot.prompt, image=first, further_images=tuple(further), released=())
     question = dataclasses.replace(item, shots=(), **fields)
     parts = list(_question_parts(question, folder, prompt))
-    text = parts.pop() if isinstance(parts[-1], str) else ""
+    return [*_answered(parts, shot.answer), *_resolved(item, shot.answer_images, folder)]
+
+
+def confidence_parts(parts: Sequence[Path | str], answer: str) -> tuple[Path | str, ...]:
+    """Return a request, the answer to it, and the question how confident the model is in it.
+
+    (f/a.png, "Is it a CT?"), "Yes." -> (f/a.png, "Is it a CT?\nAnswer: Yes.\n\nHow confident ..")
+    """
+    *first, text = _answered(parts, answer)
+    return (*first, text + CONFIDENCE_PROMPT)
+
+
+def _answered(parts: Sequence[Path | str], answer: str) -> list[Path | str]:
+    """Return a question with "Answer:" and the answer after its last part, which is a text then."""
+    *first, text = parts if isinstance(parts[-1], str) else (*parts, "")
     text = text if text.endswith("Answer:") else f"{text}\nAnswer:".lstrip("\n")
-    answer = f" {shot.answer}\n\n" if shot.answer else ""
-    return [*parts, text + answer, *_resolved(item, shot.answer_images, folder)]
+    return [*first, text + (f" {answer}\n\n" if answer else "")]
 
 
 def _resolved(item: Item, names: Sequence[str], folder: Path) -> tuple[Path, ...]:
