@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     )
     config.options = True  # also: likelihoods of the options, and calibration from them
     config.verbalized_confidence = (
-        False  # True: one request per closed or mcq answer for its confidence
+        False  # also: ask how confident each closed and mcq answer is
     )
     config.scorers = ""  # of images: biomedclip:FOLDER is the published score
     config.train_records = ""  # folder of training records, for contamination; empty: unknown
