@@ -15,8 +15,8 @@ from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.metrics import aggregate, per_record
 from medmax_jax.eval.pipeline import contamination, option_likelihoods
 from medmax_jax.eval.stats.intervals import Resampling
-from medmax_jax.eval.tasks import items as task_items
 from medmax_jax.eval.tasks import catalog, probes
+from medmax_jax.eval.tasks import items as task_items
 
 RESAMPLING = Resampling(0, 2_000)
 
