@@ -59,9 +59,7 @@ def get_config() -> ConfigDict:
         "vqa_closed,vqa_mcq,vqa_open,vqa_numeric,captioning,visual_chat"
     )
     config.options = True  # also: likelihoods of the options, and calibration from them
-    config.verbalized_confidence = (
-        False  # True: one request per closed or mcq answer for its confidence
-    )
+    config.verbalized_confidence = False  # also: ask how confident each closed and mcq answer is
     config.scorers = ""  # of images: biomedclip:FOLDER is the published score
     config.train_records = ""  # folder of training records, for contamination; empty: unknown
     config.train_model = ""  # model folder that wrote them; empty: the evaluated one
