@@ -66,12 +66,13 @@ def csv_rows(
     columns: tuple[str, ...],
     *,
     delimiter: str = ",",
-    max_chars: int = MAX_ITEM,
+    max_chars: int | None = None,
 ) -> Iterator[tuple[RowLocation, Any]]:
     """Yield the rows of a CSV file with a header; a row of another width is returned as None.
 
-    max_chars: of one line; a longer one raises SourceError.
+    max_chars: of one line, MAX_ITEM by default; a longer one raises SourceError.
     """
+    max_chars = max_chars or MAX_ITEM
     with (
         _source_errors(),
         text_files.open_binary(path) as file,

@@ -218,7 +218,8 @@ def _locked(home: Path) -> bool:
 
 def _check_same(run: SweepRun, home: Path) -> None:
     stored, expected = _config(home).get("config"), config.to_dict(settings(run))
-    if not isinstance(stored, dict) or not all(isinstance(part, dict) for part in stored.values()):
+    parts = stored.items() if isinstance(stored, dict) else [("", None)]
+    if not all(isinstance(part, list if name == "stages" else dict) for name, part in parts):
         raise SweepError(f"{home / 'config.json'}: not the config of a run; remove the folder")
     if difference := _first_difference(expected, stored):
         raise SweepError(
@@ -230,6 +231,10 @@ def _first_difference(expected: Mapping[str, Any], stored: Mapping[str, Any]) ->
     """Return the first difference in fields of both: an older run may lack the newest ones."""
     for section in sorted(set(expected) & set(stored)):
         left, right = expected[section], stored[section]
+        if isinstance(left, list):  # stages
+            if left != right:
+                return f"{section} is {right!r}, not {left!r}"
+            continue
         for name in sorted(set(left) & set(right)):
             if left[name] != right[name]:
                 return f"{section}.{name} is {right[name]!r}, not {left[name]!r}"
