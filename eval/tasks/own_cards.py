@@ -21,6 +21,7 @@ from medmax_jax import arguments
 from medmax_jax.endpoints import egress
 from medmax_jax.eval.benchmarks.card import Published, TaskSpec
 from medmax_jax.eval.config import EvalError
+from medmax_jax.eval.metrics.question_sets import QuestionSets
 from medmax_jax.eval.records import Item
 from medmax_jax.eval.tasks import catalog
 from medmax_jax.eval.tasks import items as task_items
@@ -52,7 +53,7 @@ def load_cards(path: str | Path) -> tuple[TaskSpec, ...]:
         raise EvalError(f"--cards is {str(path)!r}, which is not a file; name a Python file")
     try:
         cards = runpy.run_path(str(path), run_name="cards").get("CARDS")
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise EvalError(f"--cards {path}: {type(error).__name__}: {printable(error)}") from error
     if not isinstance(cards, tuple | list) or not cards:
         raise EvalError(f"--cards {path} has no CARDS; write CARDS = (TaskSpec(...),)")
@@ -132,6 +133,11 @@ def _problem(card: TaskSpec) -> str:
         return f"counts is {card.counts!r}; expected the number of its items, or None"
     if not all(isinstance(score, Published) for score in card.published):
         return "published holds other values than Published(model, value, metric, read)"
+    values = [score.value for score in card.published]
+    if wrong := [value for value in values if type(value) not in (int, float)]:
+        return f"published has the value {printable(repr(wrong[0]), 40)}; expected a number"
+    if card.sets is not None and not isinstance(card.sets, QuestionSets):
+        return f"sets is a {type(card.sets).__name__}; expected QuestionSets(metric, key), or None"
     return ""
 
 

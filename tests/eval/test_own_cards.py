@@ -126,6 +126,11 @@ def test_a_workdir_belongs_to_its_cards(tmp_path):
         ((card(more=', data_class="secret"'),), "data_class is 'secret'; use one of open"),
         ((card(more=", published=(1,)"),), "published holds other values"),
         ((card(more=", split=3"),), "split is a int"),
+        (
+            (card(more=", published=(Published(model='m', value='9', metric='', read=''),)"),),
+            "published has the value '9'; expected a number",
+        ),
+        ((card(more=", sets='case'"),), "sets is a str; expected QuestionSets"),
         (("3",), "CARDS holds a int"),
     ],
 )
@@ -142,6 +147,7 @@ def test_unusable_cards_are_refused_before_anything_is_loaded(tmp_path, cards, m
         ("CARD = 1\n", "has no CARDS"),
         ("import nothing_like_this\n", "ModuleNotFoundError: No module named"),
         ("CARDS = (\n", "SyntaxError"),
+        ("raise SystemExit(0)\n", "SystemExit"),
         (f"{HEAD}CARDS = (TaskSpec(task='a'),)\n", "TypeError.*family"),
     ],
 )
