@@ -32,9 +32,10 @@ def with_shots(items: Sequence[Item], pool: Sequence[Item], count: int, *, seed:
         if own or count <= 0:
             shown.append(dataclasses.replace(item, shots=own))
             continue
-        name = item_name(item, number)
         rng = random.Random(f"{seed} shots {item.id}")
-        shown.append(_with(item, _draw(item, by_task[item.task], count, rng, name)))
+        place = f"item {item_name(item, number)}"
+        drawn = _draw(item, by_task[item.task], count, rng, place, "reduce config.shots")
+        shown.append(_with(item, drawn))
     return shown
 
 
@@ -67,7 +68,9 @@ def with_distractor(items: Sequence[Item], pool: Sequence[Item], *, seed: int) -
         if not item.shots or len(item.shots) == MAX_SHOTS:
             continue
         rng = random.Random(f"{seed} distractor {item.id}")
-        (drawn,) = _draw(item, others[item.task], 1, rng, item_name(item, number))
+        place = f"shot_distractor of item {item_name(item, number)}"
+        fix = "leave shot_distractor out of config.probes"
+        (drawn,) = _draw(item, others[item.task], 1, rng, place, fix)
         shots = list(item.shots)
         shots.insert(rng.randint(0, len(shots)), _shot(drawn))
         changed.append(_classified(item, tuple(shots), [drawn]))
@@ -75,7 +78,7 @@ def with_distractor(items: Sequence[Item], pool: Sequence[Item], *, seed: int) -
 
 
 def _draw(
-    item: Item, pool: Sequence[Item], count: int, rng: random.Random, name: str
+    item: Item, pool: Sequence[Item], count: int, rng: random.Random, place: str, fix: str
 ) -> list[Item]:
     """Return items of other groups; few draws suffice unless most of the pool is of one group."""
     chosen: dict[str, Item] = {}
@@ -88,8 +91,8 @@ def _draw(
     candidates = [other for other in pool if _allowed(item, other)]
     if len(candidates) < count:
         raise TaskError(
-            f"item {name}: {count} shots of other groups are needed, but {item.task} has "
-            f"{len(candidates)}; reduce config.shots, or leave shot_distractor out of config.probes"
+            f"{place}: {count} shots of other groups and images are needed, but {len(candidates)} "
+            f"can be drawn; {fix}"
         )
     return rng.sample(candidates, count)
 

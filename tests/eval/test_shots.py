@@ -70,8 +70,12 @@ def test_drawn_shots_are_of_other_groups_and_stay_the_same(tmp_path):
     assert drawn == shots.with_shots(items[::-1], items, 3, seed=0)[::-1]  # by seed and id
     assert drawn != shots.with_shots(items, items, 3, seed=1)
     assert shots.with_shots(drawn, items, 0, seed=0) == items
-    with pytest.raises(TaskError, match="11 shots of other groups are needed, but .* has 10; redu"):
+    with pytest.raises(TaskError, match="11 shots of other groups and .* but 10 .* reduce [^,]*s$"):
         shots.with_shots(items, items, 11, seed=0)
+    with pytest.raises(
+        TaskError, match="shot_distractor of item .* but 0 .* leave shot_distractor"
+    ):
+        shots.with_distractor(drawn, drawn[:1], seed=0)
 
 
 def test_a_row_s_own_shots_come_first(tmp_path):
