@@ -106,6 +106,10 @@ class Format:
 def read_predictions(path: str | Path) -> PredictionFile:
     """Read a file in one of FORMATS; raise PredictionFileError."""
     table = tables.read_table(Path(path))
+    if not table.rows:
+        first = printable(table.malformed[0], 120) if table.malformed else ""
+        why = f"no row can be read; {first}" if first else "it has no rows"
+        raise PredictionFileError(f"{path}: {why}; name a file of predictions")
     found = [each for each in FORMATS if each.fits(table.columns)]
     if len(found) != 1:
         needs = "; ".join(

@@ -77,8 +77,15 @@ def rescore(
 
 
 def notes_of(file: PredictionFile) -> list[str]:
-    """Return the notes of a file, and the totals next to it that its verdicts do not have."""
+    """Return the notes of a file, its rows without a verdict, and totals that no verdicts have."""
     notes = list(file.notes)
+    for family, name in dict.fromkeys((a.family, v) for a in file.answers for v in a.verdicts):
+        own = [answer for answer in file.answers if answer.family == family]
+        if missing := sum(name not in answer.verdicts for answer in own):
+            notes.append(
+                f"{name}: {missing} of {len(own)} rows ({family}) have no verdict; published and "
+                "difference are of the others, strict is of all"
+            )
     for name, stated in file.stated.items():
         verdicts = [answer.verdicts[name] for answer in file.answers if name in answer.verdicts]
         mean = sum(verdicts) / len(verdicts) if verdicts else None

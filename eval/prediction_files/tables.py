@@ -25,6 +25,7 @@ MAX_BYTES = 512 << 20  # of a file, and of what an XLSX file unpacks to
 MAX_ROWS = 1_000_000
 MAX_LINE = 16 << 20  # bytes of a row: samples of lmms-eval hold the complete prompt
 MAX_COLUMNS = 1_000
+DELIMITERS = (";", "\t", ",")  # Excel writes ";" where the decimal mark is a comma
 MAX_CELL = 32_767  # characters: the limit of a cell of XLSX, at which other programs cut off
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".npy", ".joblib")
 Row = tuple[str, dict[str, Any]]  # place, column -> value
@@ -124,6 +125,11 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Row | str]:
         csv_table(file, path, max_chars=MAX_LINE, delimiter=delimiter) as (header, rows),
     ):
         _check_columns(header, path)
+        if other := [mark for mark in DELIMITERS if len(header) == 1 and mark in header[0]]:
+            raise PredictionFileError(
+                f"{path}: its columns are separated by {other[0]!r}, those of a {path.suffix} file "
+                f"by {delimiter!r}; save it with these, or as .xlsx"
+            )
         for number, fields in rows:
             if len(fields) == len(header):
                 yield f"row {number}", dict(zip(header, fields, strict=True))

@@ -134,7 +134,7 @@ def short_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {
                 "file": names[row["file"]],
                 "items": f"{row['n']:,}{groups}",
-                "published": f"{row['published']:.3f} ({ends})" if row["judged"] else None,
+                "published": f"{row['published']:.3f} ({ends or '–'})" if row["judged"] else None,
                 "strict": f"{row['strict']:.3f} ({tables.interval(row)}){unparsed}",
                 "difference": f"{row['diff']:+.3f}: {reasons}" if reasons else None,
             }

@@ -309,6 +309,33 @@ def test_an_unknown_format_is_named_with_what_is_expected(tmp_path):
         formats.read_predictions(tmp_path / "none.csv")
 
 
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.csv", "\ufeffindex;prediction\r\n1;A\r\n", "separated by ';', those of a .csv file"),
+        ("a.csv", "index\tprediction\n1\tA\n", r"separated by '\\t', those of a .csv file by ','"),
+        ("a.tsv", "index,prediction\n1,A\n", "separated by ','"),
+        ("a.csv", "index,prediction\n", "it has no rows"),
+        ("a.jsonl", "", "it has no rows"),
+        ("a.csv", "Results,\nindex,prediction,hit\n", "no row can be read; row 1: 3 fields, but"),
+    ],
+)
+def test_a_file_without_usable_rows_is_refused_with_the_reason(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    with pytest.raises(tables.PredictionFileError, match=message):
+        formats.read_predictions(tmp_path / name)
+
+
+def test_rows_without_a_verdict_are_noted(tmp_path, capsys):
+    rows = [vlm_rows(index=n, hit=None if n else 1) for n in range(3)]
+    path = write_xlsx(tmp_path / "m_Bench.xlsx", rows)
+    flags = [f"--workdir={tmp_path / 'w'}", "--resamples=2000"]
+    assert rescore.main([str(path), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "hit: 2 of 3 rows (vqa_mcq) have no verdict; published and difference" in printed
+    assert "| 1.000 (–) |" in printed and "None" not in printed  # one row has no interval
+
+
 def test_one_id_with_different_rows_is_left_out(tmp_path):
     rows = [vlm_rows(), vlm_rows(prediction="A"), vlm_rows(index=2)]
     file = formats.read_predictions(write_xlsx(tmp_path / "m.xlsx", rows))
