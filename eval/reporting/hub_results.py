@@ -21,6 +21,7 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
 )
 
+from medmax_jax.eval.benchmarks.card import TaskSpec
 from medmax_jax.eval.reporting import tables
 from medmax_jax.eval.results import MetricRow, Summary
 from medmax_jax.eval.tasks import catalog
@@ -31,10 +32,14 @@ _HUB = re.compile(r"huggingface\.co/datasets/([\w.-]+/[\w.-]+)")
 _REVISION = re.compile(r"[0-9a-f]{40}")
 SAMPLE = "the embedded sample of medmax_jax"
 TASK_TYPES = {  # family -> the Hub's name of the task
-    **dict.fromkeys(("vqa_closed", "vqa_mcq", "vqa_open"), "visual-question-answering"),
+    **dict.fromkeys(
+        ("vqa_closed", "vqa_mcq", "vqa_rationale", "vqa_open", "vqa_numeric"),
+        "visual-question-answering",
+    ),
     "captioning": "image-to-text",
     "image_generation": "text-to-image",
-    "multimodal": "any-to-any",
+    "image_editing": "image-to-image",
+    **dict.fromkeys(("multimodal", "multimodal_generation"), "any-to-any"),
     "visual_chat": "image-text-to-text",
 }
 
@@ -43,12 +48,20 @@ def write(out: Path, summary: Summary, *, source_url: str) -> tuple[list[Path], 
     """Write the files and return them, and what is in the card alone and why.
 
     source_url: link to the complete results, "" for none; the Hub shows it next to each score.
+    Raises FileExistsError where another card is there: a model card is also written by people.
     """
+    own = tables.own_cards_of(summary)
+    specs = {
+        row: own.get(row.task) or catalog.task_spec(row.task, row.family)
+        for row in tables.headlines(summary.scores)
+    }
+    card = _card(summary, [_model_index_result(*pair, source_url) for pair in specs.items()])
+    path = out / CARD
+    if path.exists() and path.read_bytes() != card.encode():
+        raise FileExistsError(f"{path} is another model card; move it away, or use another --out")
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    files, left_out, results = [], [], []
-    for row in tables.headlines(summary.scores):
-        results.append(_model_index_result(row, source_url))
-        spec = catalog.task_spec(row.task, row.family)
+    files, left_out = [], []
+    for row, spec in specs.items():
         dataset = _HUB.search(spec.source) if spec else None
         if dataset is None:
             where = spec.source if spec else SAMPLE
@@ -57,7 +70,7 @@ def write(out: Path, summary: Summary, *, source_url: str) -> tuple[list[Path], 
         entry = EvalResultEntry(
             dataset_id=dataset[1],
             task_id=row.task,
-            value=_percent(row.value),
+            value=_scaled(row, row.value),
             dataset_revision=spec.revision if _REVISION.fullmatch(spec.revision) else None,
             date=_date(summary),
             source_url=source_url or None,
@@ -68,9 +81,8 @@ def write(out: Path, summary: Summary, *, source_url: str) -> tuple[list[Path], 
         journal.write_text(
             files[-1], yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
         )
-    files.append(out / CARD)
-    journal.write_text(files[-1], _card(summary, results))
-    return files, left_out
+    journal.write_text(path, card)
+    return [*files, path], left_out
 
 
 def _card(summary: Summary, results: list[EvalResult]) -> str:
@@ -80,8 +92,7 @@ def _card(summary: Summary, results: list[EvalResult]) -> str:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
-def _model_index_result(row: MetricRow, source_url: str) -> EvalResult:
-    spec = catalog.task_spec(row.task, row.family)
+def _model_index_result(row: MetricRow, spec: TaskSpec | None, source_url: str) -> EvalResult:
     dataset = _HUB.search(spec.source) if spec else None
     return EvalResult(
         task_type=TASK_TYPES[row.family],
@@ -91,11 +102,11 @@ def _model_index_result(row: MetricRow, source_url: str) -> EvalResult:
         dataset_config=row.task,
         dataset_split=spec.split if spec else None,
         metric_type=row.metric,
-        metric_value=_percent(row.value),
-        metric_name=f"{row.metric}, %",
+        metric_value=_scaled(row, row.value),
+        metric_name=f"{row.metric}, {_unit(row)}",
         metric_args={
-            "ci_low": _percent(row.ci_low),
-            "ci_high": _percent(row.ci_high),
+            "ci_low": _scaled(row, row.ci_low),
+            "ci_high": _scaled(row, row.ci_high),
             "items": row.n,
             "groups": row.groups,
         },
@@ -105,9 +116,9 @@ def _model_index_result(row: MetricRow, source_url: str) -> EvalResult:
 
 
 def _notes(row: MetricRow, summary: Summary) -> str:
-    text = f"{row.metric}, %"
+    text = f"{row.metric}, {_unit(row)}"
     if row.ci_low is not None:
-        text += f", 95 % interval {_percent(row.ci_low)} to {_percent(row.ci_high)}"
+        text += f", 95 % interval {_scaled(row, row.ci_low)} to {_scaled(row, row.ci_high)}"
     text += f", {row.n} items in {row.groups} groups"
     return f"{text}; medmax_jax {_version(summary)}, mode {summary.settings.get('mode')}"
 
@@ -117,8 +128,13 @@ def _version(summary: Summary) -> str:
     return " ".join(filter(None, (facts.get("medmax_jax", ""), facts.get("commit", ""))))
 
 
-def _percent(share: float | None) -> float | None:
-    return None if share is None else round(100 * share, 2)
+def _unit(row: MetricRow) -> str:
+    return "dB" if row.metric == "psnr" else "%"
+
+
+def _scaled(row: MetricRow, value: float | None) -> float | None:
+    """Return a value in the unit of its metric."""
+    return None if value is None else round(value if row.metric == "psnr" else 100 * value, 2)
 
 
 def _date(summary: Summary) -> str | None:

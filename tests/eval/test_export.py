@@ -11,9 +11,11 @@ from test_eval_report import make_workdir, rows
 
 from medmax_jax.environment import environment
 from medmax_jax.eval import export
+from medmax_jax.eval.benchmarks.card import TaskSpec
 from medmax_jax.eval.config import EvalError
 from medmax_jax.eval.reporting import hub_results
 from medmax_jax.eval.results import write_summary
+from medmax_jax.eval.tasks.families import FAMILIES
 
 OPEN = [one | dict(data_class="open") for one in rows()]
 
@@ -114,6 +116,40 @@ def test_the_hub_reads_its_files(tmp_path):
         assert result.metric_type == heads[task].metric
         assert result.metric_args["items"] == heads[task].n
     assert len(files) == len(entries) + 1
+
+
+def test_every_family_own_cards_and_decibels_are_in_the_card(tmp_path):
+    summary, _ = evaluated(tmp_path)
+    head = next(row for row in summary.scores if row.headline)
+    heads = [
+        dataclasses.replace(head, family=name, task=f"own_{name}", metric=metric, value=0.25)
+        for name in FAMILIES
+        for metric in ["psnr" if name == "image_editing" else head.metric]
+    ]
+    own = TaskSpec(
+        task="own_vqa_mcq", title="Mine", family="vqa_mcq", source="ward 3", licence="-",
+        metric="accuracy",
+    )  # fmt: skip
+    summary = dataclasses.replace(summary, scores=tuple(heads), cards=(own.fields(),))
+    _, notes = hub_results.write(tmp_path / "out", summary, source_url="")
+    assert "own_vqa_mcq: in README.md alone; ward 3 is no data set of the Hub" in notes
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    results = {result.dataset_config: result for result in card.data.eval_results}
+    assert set(results) == {row.task for row in heads}
+    assert results["own_vqa_mcq"].dataset_name == "Mine"
+    edited = results["own_image_editing"]
+    assert (edited.metric_name, edited.metric_value) == ("psnr, dB", 0.25)
+    assert results["own_vqa_rationale"].metric_value == 25
+
+
+def test_another_model_card_is_kept(tmp_path):
+    summary, _ = evaluated(tmp_path)
+    files, _ = hub_results.write(tmp_path / "out", summary, source_url="")
+    assert hub_results.write(tmp_path / "out", summary, source_url="")[0] == files
+    files[-1].write_text("# My model\n")
+    with pytest.raises(FileExistsError, match="README.md is another model card; move it away"):
+        hub_results.write(tmp_path / "out", summary, source_url="")
+    assert files[-1].read_text() == "# My model\n"
 
 
 def test_the_program(tmp_path, capsys):
