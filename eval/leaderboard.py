@@ -56,6 +56,10 @@ def _write(args: argparse.Namespace) -> tuple[leaderboard.Leaderboard, str]:
             path: stack.enter_context(workdir.opened(path, mode="read")).folder
             for path in args.runs
         }
+        for path, folder in folders.items():
+            same = [name for name in args.runs if folders[name].resolve() == folder.resolve()]
+            if len(same) > 1:
+                raise ValueError(f"{path} is named twice; name each workdir once")
         board = leaderboard.build(folders, seed=args.seed, resamples=args.resamples)
         work = stack.enter_context(workdir.opened(args.workdir))
         facts = {"seed": args.seed, "resamples": args.resamples} | environment()

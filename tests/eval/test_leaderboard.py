@@ -158,3 +158,10 @@ def test_the_program(runs, tmp_path):
         table = list(csv.DictReader(file))
     assert [row["vqa_closed letters"] for row in table] == ["a", "a", "b"]
     assert program.main([str(tmp_path / "none"), f"--workdir={workdir}"]) == 1
+
+
+def test_a_workdir_that_is_named_twice_is_an_error(runs, tmp_path, capsys):
+    first = next(iter(runs))
+    for again in (first, f"{first}/", f"{first}/../{Path(first).name}"):
+        assert program.main([*runs, again, f"--workdir={tmp_path / 'board'}"]) == 1
+        assert "is named twice; name each workdir once" in capsys.readouterr().err
