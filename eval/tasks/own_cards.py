@@ -164,6 +164,11 @@ def _to_row(
         raise EvalError(f"{place}: {printable(unknown[0], 40)!r} is not a field of an item; {hint}")
     if missing := [name for name in ("question", "answer") if row.get(name) is None]:
         raise EvalError(f"{place}: {missing[0]} is missing; every item requires it")
+    if row.get("options") and card.family == "vqa_open":
+        raise EvalError(
+            f"{place}: options are not shown for card {card.task!r} of the family vqa_open; leave "
+            "them out, or use the family vqa_mcq"
+        )
     own = row.get("tags") or {}
     if isinstance(own, Mapping):
         own = dict.fromkeys(tags, "no") | {str(name): value for name, value in own.items()}

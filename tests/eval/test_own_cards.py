@@ -176,6 +176,12 @@ def test_unusable_items_are_named(row, message):
         own_cards.read_items([("items.jsonl line 1", row)], [own])
 
 
+def test_options_of_an_open_question_are_not_lost():
+    own = TaskSpec(task="own", title="", family="vqa_open", source="", licence="", metric="exact")
+    with pytest.raises(EvalError, match="line 1: options are not shown for card 'own' of .* vqa_o"):
+        own_cards.read_items([("line 1", choice(0))], [own])
+
+
 def test_rules_of_all_items_hold_for_own_ones():
     own = TaskSpec(task="own_mcq", title="", family="vqa_mcq", source="", licence="",
                    metric="accuracy", counts=2, data_class="credentialed")  # fmt: skip
