@@ -30,6 +30,10 @@ def rescore_files(
     paths: list[str], *, against: str = "", resampling: Resampling
 ) -> tuple[list[PredictionFile], dict[str, Any]]:
     """Return the files, and the content of rescore.json: their rows and the paired tests."""
+    if remote := [path for path in paths if path.startswith("gs://")]:
+        raise ValueError(
+            f"{remote[0]}: prediction files are read from a disk or hf://; copy it first"
+        )
     located = [str(Path(hub.locate(path))) for path in paths]
     if twice := [path for path in dict.fromkeys(located) if located.count(path) > 1]:
         raise ValueError(f"{twice[0]} is named twice; name each file once")

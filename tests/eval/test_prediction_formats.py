@@ -415,6 +415,11 @@ def test_the_program_compares_files_and_writes_both_outputs(tmp_path, capsys):
     assert f"page: {tmp_path / 'new' / 'rescore.html'}" in printed
 
 
+def test_a_file_in_a_bucket_is_refused(tmp_path, capsys):
+    assert rescore.main(["gs://bucket/a.csv", f"--workdir={tmp_path}"]) == 1
+    assert "gs://bucket/a.csv: prediction files are read from a disk" in capsys.readouterr().err
+
+
 def test_many_files_are_compared_with_one(tmp_path, capsys):
     paths = []
     for number in range(10):
