@@ -31,9 +31,7 @@ def rescore_files(
 ) -> tuple[list[PredictionFile], dict[str, Any]]:
     """Return the files, and the content of rescore.json: their rows and the paired tests."""
     if remote := [path for path in paths if path.startswith("gs://")]:
-        raise ValueError(
-            f"{remote[0]}: prediction files are read from a disk or hf://; copy it first"
-        )
+        raise ValueError(f"{remote[0]}: prediction files are read from a disk; copy it there first")
     located = [str(Path(hub.locate(path))) for path in paths]
     if twice := [path for path in dict.fromkeys(located) if located.count(path) > 1]:
         raise ValueError(f"{twice[0]} is named twice; name each file once")

@@ -66,7 +66,7 @@ def build(
 
 
 def check(path: Path, workdir: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return a citation, and where its numbers do not follow from the workdir's records.
+    """Return a citation, and where its model and numbers do not follow from the workdir's records.
 
     Raises EvalError for a file that is no citation.
     """
@@ -83,6 +83,9 @@ def check(path: Path, workdir: Path) -> tuple[dict[str, Any], list[str]]:
         if part.get("answers") != digest:
             problems.append(f"{name}: the answers differ: {part.get('answers')} cited, {digest}")
     answers = {mode: _of_mode(found, mode) for mode in (PAPER, STRICT)}
+    model = _model([*answers[PAPER], *answers[STRICT]])
+    if model and cited.get("model") != model:
+        problems.append(f"model is {cited.get('model')} in the file, {model} by the records")
     cells = published.cells(cited["published_model"])
     again = {
         (row["table"], row["task"], row["metric"]): row

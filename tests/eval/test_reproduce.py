@@ -267,6 +267,10 @@ def test_a_citation_is_checked_against_its_records(complete, tmp_path):
     cited, problems = citation.check(tmp_path / "changed.json", workdir)
     assert len(problems) == 1 and "vqa_rad_closed accuracy: released is" in problems[0]
     assert citation.code_changes(cited) == ["metrics"]
+    renamed = content | {"model": content["model"] | {"model": "another"}}
+    journal.write_json(tmp_path / "renamed.json", renamed)
+    _, problems = citation.check(tmp_path / "renamed.json", workdir)
+    assert len(problems) == 1 and problems[0].startswith("model is {'kind': ")
     program.verify(str(file), "")
     with pytest.raises(program.CitationError, match="1 statements do not follow from the records"):
         program.verify(str(tmp_path / "changed.json"), str(workdir))
