@@ -13,7 +13,7 @@ import time
 import pytest
 
 from medmax_jax import config
-from medmax_jax.checkpoints import export
+from medmax_jax.checkpoints import export, resume
 from medmax_jax.config import build
 from medmax_jax.configs import eval_tiny, tiny_instruct
 from medmax_jax.data.sample.manifest import read_manifest
@@ -64,9 +64,12 @@ def test_the_shipped_folders_are_found_without_a_checkout(tmp_path, monkeypatch)
 def test_the_shipped_adapter_is_that_of_its_config():
     stored = json.loads((ADAPTER / "adapter_config.json").read_text())
     run = config.from_config_dict(tiny_instruct.get_config())
-    for section, fields in json.loads(json.dumps(config.to_dict(run))).items():
-        for name, value in stored["config"][section].items():  # later versions may add fields
-            assert fields[name] == value, f"{section}.{name}"
+    of_config = json.loads(json.dumps(config.to_dict(run)))
+    for section, fields in stored["config"].items():
+        for name, value in fields.items():  # later versions may add fields
+            assert of_config[section][name] == value, f"{section}.{name}"
+    added = resume.with_added_fields(stored["config"])
+    assert all(added[name] == of_config[name] for name in ("loss", "stages"))
     assert stored["base"] == export.base_fingerprint(ROOT / "medmax_jax" / "tiny")
     assert stored["step"] == run.train.steps and stored["credentials"] == {"no": 16_964}
 
