@@ -25,14 +25,13 @@ import sys
 import tempfile
 import time
 
-import PIL.Image
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import benchmark_files as files
 
 from medmax_jax import arguments
+from medmax_jax.models import images
 
 SIDE = 64
 STAGES = ("plan", "run", "score")
@@ -41,13 +40,13 @@ LIMIT_S, GROWTH = 60.0, 1.3
 
 def small_images() -> list[bytes]:
     """Return the sample's images, scaled down."""
-    images = []
+    small = []
     for path in files.IMAGES:
-        with PIL.Image.open(path) as full:
-            out = io.BytesIO()
-            full.convert("RGB").resize((SIDE, SIDE)).save(out, "JPEG")
-        images.append(out.getvalue())
-    return images
+        out = io.BytesIO()
+        full = images.load(path, max_pixels=images.MAX_PIXELS)
+        full.resize((SIDE, SIDE)).save(out, "JPEG")
+        small.append(out.getvalue())
+    return small
 
 
 def write_of_medmax(folder: pathlib.Path, count: int) -> None:
@@ -201,8 +200,8 @@ def main() -> None:
     if args.of:
         print(json.dumps(evaluate(args.of, args.profile)))
         return
-    images = small_images()
-    files.image = lambda number: images[number % len(images)]
+    small = small_images()
+    files.image = lambda number: small[number % len(small)]
     sizes = {}
     for count, profile in ((args.items, args.profile), (2 * args.items, "")):
         sizes[count] = measure(count, profile)

@@ -355,8 +355,11 @@ def _checked_facts(facts: Any, where: str) -> dict[str, Any]:
         table = facts.get(name, {}) if valid else {}
         valid = valid and isinstance(table, dict) and all(type(n) is int for n in table.values())
     table = facts.get("config", {}) if valid else {}
-    valid = valid and isinstance(table, dict)
-    if not valid or not all(isinstance(fields, dict) for fields in table.values()):
+    sections = table.items() if isinstance(table, dict) else [("", None)]
+    valid = valid and all(
+        isinstance(fields, list if name == "stages" else dict) for name, fields in sections
+    )
+    if not valid:
         raise ConvertError(
             f"{where}: base, data, step, sources, credentials or config has an invalid type; "
             "export the adapter again"

@@ -44,8 +44,8 @@ def csv_table(
     Raises TextFileError, also while the rows are read, at a header that names a column twice, a
     field of more than `max_chars`, a stray quote, and bytes that are not UTF-8.
     """
-    # Python has one limit for all readers of a process, 131,072 by default; it is only raised.
-    csv.field_size_limit(max(csv.field_size_limit(), max_chars))
+    # Python has one limit for all readers of a process, 131,072 by default.
+    limit = csv.field_size_limit(max_chars)
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
         reader = csv.reader(_bounded(text, where, max_chars), strict=True, delimiter=delimiter)
@@ -53,6 +53,7 @@ def csv_table(
         _check_columns(header, where)
         yield header, _csv_rows(reader, where)
     finally:
+        csv.field_size_limit(limit)
         text.detach()  # the caller that opened the file closes it
 
 

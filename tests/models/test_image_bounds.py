@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import eval_setup
 import numpy as np
 import pytest
 import worst_images
@@ -196,7 +197,8 @@ def test_evaluation_never_starts_ghostscript(tmp_path, ghostscript):
 
 def test_report_names_an_image_that_cannot_be_shown(tmp_path):
     (tmp_path / "evil.png").write_bytes(POSTSCRIPT)
-    record = dict(id="7", group="g", prompt="p", answer="a", text="t", image="evil.png", images=[])
+    item = eval_setup.item("x", "vqa_closed", 7, id="7", image="evil.png")
+    record = eval_setup.record(item, "t")
     page = reporting_page.examples([record], tmp_path, tmp_path)
     assert "7: shown to the model: " in page and "not an image in a supported format" in page
 

@@ -219,7 +219,7 @@ def test_help_shows_required_flags_first_and_the_fields_of_a_config():
     assert "--config.data.seed=7" in train and "--config.optim.peak_lr=0.003" in train
     assert "--config.data.batch_size=8 rows per step, over all devices" in train
     assert "--config.judge.service.retries=6 of one call" in evaluate
-    assert "--config.questions='sample' or JSONL files of rows" in evaluate
+    assert "--config.questions='sample' or JSONL files in the released schema" in evaluate
     assert "--config.train.plain_steps=150 autoencoding before" in vqgan
 
 
