@@ -356,9 +356,12 @@ def _checked_facts(facts: Any, where: str) -> dict[str, Any]:
         valid = valid and isinstance(table, dict) and all(type(n) is int for n in table.values())
     table = facts.get("config", {}) if valid else {}
     sections = table.items() if isinstance(table, dict) else [("", None)]
-    valid = valid and all(
-        isinstance(fields, list if name == "stages" else dict) for name, fields in sections
-    )
+    parts = [
+        part
+        for name, fields in sections
+        for part in (fields if name == "stages" and isinstance(fields, list) else [fields])
+    ]
+    valid = valid and all(isinstance(part, dict) for part in parts)
     if not valid:
         raise ConvertError(
             f"{where}: base, data, step, sources, credentials or config has an invalid type; "

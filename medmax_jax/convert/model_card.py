@@ -85,8 +85,9 @@ def _training(facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]) ->
     if not facts.get("sources"):
         lines.append("| unknown | | | |")
     for section, fields in facts.get("config", {}).items():
-        settings = ", ".join(f"{k} {v!r}" for k, v in fields.items())
-        lines += ["", f"`{section}`: {settings}"]
+        for part in fields if isinstance(fields, list) else [fields]:  # stages: one line each
+            settings = ", ".join(f"{k} {v!r}" for k, v in part.items())
+            lines += ["", f"`{section}`: {settings}"]
     return lines
 
 
