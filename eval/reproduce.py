@@ -62,12 +62,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     if given.dry_run:
         return
     with cli.Stop(together=False) as stop:
-
-        def progress(line: str) -> None:
-            log.info(line)
-            if stop.requested:
-                raise cli.Interrupted("interrupted; rerun the same command to resume")
-
+        progress = stop.progress(log.info)
         for part in every:
             parts.run(part, model, workdir, progress=progress, stopped=lambda: bool(stop.requested))
     if jax.process_index():

@@ -53,12 +53,7 @@ def main(config: ConfigDict, workdir: str) -> None:
         log.info(f"{count} items: {out}")
         return
     with cli.Stop(together=False) as stop:
-
-        def progress(line: str) -> None:
-            log.info(line)
-            if stop.requested:
-                raise cli.Interrupted("interrupted; rerun the same command to resume")
-
+        progress = stop.progress(log.info)
         given = flags.FLAGS
         summary = stages.run(
             settings,

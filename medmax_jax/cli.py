@@ -263,6 +263,16 @@ class Stop:
         self._before = {n: signal.signal(n, handler) for n, handler in handlers.items()}
         return self
 
+    def progress(self, log: Callable[[str], None]) -> Callable[[str], None]:
+        """Return a function that logs a line, and raises Interrupted once a signal was received."""
+
+        def report(line: str) -> None:
+            log(line)
+            if self.requested:
+                raise Interrupted(STOPPED)
+
+        return report
+
     def poll(self) -> str:
         """Return the signal that this process, or any host of the run, has received so far."""
         if self._hosts > 1 and not self.requested:

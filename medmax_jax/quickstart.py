@@ -189,12 +189,7 @@ def _evaluate(
         ("swapped", adapter, swapped),
     ):
         with stages.stage(f"evaluate {name}") as report_result, cli.Stop() as stop:
-
-            def progress(line: str, stop: cli.Stop = stop) -> None:
-                log.info(line)
-                if stop.requested:
-                    raise cli.Interrupted(cli.STOPPED)
-
+            progress = stop.progress(log.info)
             with report_waiting("loading the model, encoding the training images", log.info):
                 # merged: the programs that "evaluate before" compiled run this model too
                 g = model_bundle.load(tiny, adapter=tuned, mesh=mesh, merge=tuned is not None)

@@ -30,6 +30,11 @@ class Published:
     read: str
 
 
+def published_scores(metric: str, read: str, *scores: tuple[str, float]) -> tuple[Published, ...]:
+    """Return the scores of several models, (model, value), on one metric from one source."""
+    return tuple(Published(model=m, value=v, metric=metric, read=read) for m, v in scores)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSpec:
     """Describes one task: its card.

@@ -37,9 +37,9 @@ from medmax_jax.eval.benchmarks.card import (
     NO_NUMBER,
     YES_NO,
     Item,
-    Published,
     TaskSpec,
     item_row,
+    published_scores,
 )
 from medmax_jax.eval.metrics import per_record, question_sets, strict
 from medmax_jax.eval.metrics.question_sets import OwnScore
@@ -283,15 +283,14 @@ CARDS = (
         differs="DeepTumorVQA: an instruction to write the letter alone; any text that begins with "
         "a letter from A to D is that option",
         own_correct=own_correct_mcq,
-        published=tuple(
-            Published(model=model, value=value, metric="DeepTumorVQA accuracy, %", read=RESULTS)
-            for model, value in (
-                *(("Meissa-4B FT (organ)", 66.3), ("Qwen3-VL-4B FT (organ)", 64.6)),
-                *(("Qwen3.5-35B-A3B", 39.9), ("LLaVA-OneVision 7B", 38.9)),
-                *(("Gemini-3-Flash", 38.8), ("Qwen3-VL-4B", 37.8), ("InternVL3-8B", 34.4)),
-                *(("HuatuoGPT-Qwen2.5VL", 36.0), ("LLaVA-Med 7B", 32.3)),
-                *(("MedGemma 4B (2D)", 30.8), ("junior radiologist, 3D, 200 questions", 45.0)),
-            )
+        published=published_scores(
+            "DeepTumorVQA accuracy, %",
+            RESULTS,
+            *(("Meissa-4B FT (organ)", 66.3), ("Qwen3-VL-4B FT (organ)", 64.6)),
+            *(("Qwen3.5-35B-A3B", 39.9), ("LLaVA-OneVision 7B", 38.9)),
+            *(("Gemini-3-Flash", 38.8), ("Qwen3-VL-4B", 37.8), ("InternVL3-8B", 34.4)),
+            *(("HuatuoGPT-Qwen2.5VL", 36.0), ("LLaVA-Med 7B", 32.3)),
+            *(("MedGemma 4B (2D)", 30.8), ("junior radiologist, 3D, 200 questions", 45.0)),
         ),
     ),
     _card(

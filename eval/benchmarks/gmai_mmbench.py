@@ -27,7 +27,7 @@ from medmax_jax.data.sources.row import (
 )
 from medmax_jax.data.sources.vqa import MAX_IMAGE_BYTES
 from medmax_jax.eval.benchmarks import fields
-from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
+from medmax_jax.eval.benchmarks.card import Item, TaskSpec, published_scores
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.records import EvalRecord
 
@@ -137,28 +137,19 @@ CARDS = (
         differs="GMAI-MMBench: VLMEvalKit's prompt; where it infers no letter a GPT-4 judge "
         "chooses one, here the own rule is that of its exact matching",
         published=(
-            *(
-                Published(
-                    model=model, value=value, metric="GMAI-MMBench VAL accuracy, %", read=BOARD
-                )
-                for model, value in (
-                    *(("Random", 25.70), ("GPT-4o", 53.53), ("Gemini 1.5", 47.42)),
-                    *(("GPT-4V", 42.50), ("MedDr", 41.95), ("DeepSeek-VL-7B", 41.73)),
-                    *(("Claude3-Opus", 32.37), ("RadFM", 22.95), ("LLaVA-Med", 20.54)),
-                    ("Med-Flamingo", 12.74),
-                )
+            *published_scores(
+                "GMAI-MMBench VAL accuracy, %",
+                BOARD,
+                *(("Random", 25.70), ("GPT-4o", 53.53), ("Gemini 1.5", 47.42)),
+                *(("GPT-4V", 42.50), ("MedDr", 41.95), ("DeepSeek-VL-7B", 41.73)),
+                *(("Claude3-Opus", 32.37), ("RadFM", 22.95), ("LLaVA-Med", 20.54)),
+                ("Med-Flamingo", 12.74),
             ),
-            *(
-                Published(
-                    model=model,
-                    value=value,
-                    metric="GMAI-MMBench accuracy by UniMedVL's authors, %",
-                    read=f"{UNIMEDVL}; split not stated",
-                )
-                for model, value in (
-                    *(("UniMedVL", 60.75), ("HealthGPT-L14", 43.1), ("GMAI-VL", 61.74)),
-                    *(("HuatuoGPT-Vision 7B", 50.22), ("Bagel", 48.11)),
-                )
+            *published_scores(
+                "GMAI-MMBench accuracy by UniMedVL's authors, %",
+                f"{UNIMEDVL}; split not stated",
+                *(("UniMedVL", 60.75), ("HealthGPT-L14", 43.1), ("GMAI-VL", 61.74)),
+                *(("HuatuoGPT-Vision 7B", 50.22), ("Bagel", 48.11)),
             ),
         ),
         own_correct=own_correct,

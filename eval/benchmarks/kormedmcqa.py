@@ -18,7 +18,7 @@ from typing import Any
 from medmax_jax.data.records.row_streams import RowLocation, parquet_rows
 from medmax_jax.data.sources.row import RejectedRow, RowError, collect_rows, field_text
 from medmax_jax.eval.benchmarks import fields
-from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
+from medmax_jax.eval.benchmarks.card import Item, TaskSpec, published_scores
 from medmax_jax.eval.records import EvalRecord
 from medmax_jax.io import text_files
 
@@ -144,13 +144,12 @@ CARDS = (
         counted=f"{README}: all questions; its commands evaluate test_full. 2,043 images",
         differs="KorMedMCQA-V: an instruction in Korean asks for one JSON object; other forms, "
         "except \\boxed{}, are wrong; temperature 0.7; failed requests are left out",
-        published=tuple(
-            Published(model=model, value=value, metric="KorMedMCQA-V accuracy, %", read=README)
-            for model, value in (
-                ("Gemini-3.0-Pro", 96.9),
-                ("Qwen3-VL-32B-Thinking", 83.7),
-                ("VARCO-VISION-2.0-14B", 43.2),
-            )
+        published=published_scores(
+            "KorMedMCQA-V accuracy, %",
+            README,
+            ("Gemini-3.0-Pro", 96.9),
+            ("Qwen3-VL-32B-Thinking", 83.7),
+            ("VARCO-VISION-2.0-14B", 43.2),
         ),
         own_correct=own_correct,
         own_scorer="kormedeval/datasets/kormedmcqa_v.py and utils.py of "

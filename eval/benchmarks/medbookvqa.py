@@ -26,7 +26,7 @@ from medmax_jax.data.sources.row import (
     first_file,
 )
 from medmax_jax.eval.benchmarks import fields
-from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
+from medmax_jax.eval.benchmarks.card import Item, TaskSpec, published_scores
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.records import EvalRecord
 
@@ -107,16 +107,15 @@ CARDS = (
         counted="evaluation/summerize_result.ipynb of github.com/slyipae1/MedBookVQA at 180c222",
         differs="MedBookVQA: the options in one line with | between them, an instruction to write "
         "the letter alone; any other text is wrong",
-        published=tuple(
-            Published(model=model, value=value, metric="MedBookVQA accuracy, %", read=TABLE)
-            for model, value in (
-                *(("Gemini2.5-Pro(03-25)", 81.24), ("GPT4.1", 77.98), ("GPT-4o", 74.94)),
-                *(("InternVL3-78B", 72.92), ("LLaVA-OV-72B", 72.86), ("Ovis2-34B", 71.42)),
-                *(("Claude3.7-Sonnet-Thinking", 70.50), ("Qwen2.5-VL-72B-Instruct", 70.06)),
-                *(("HealthGPT-L14", 68.58), ("HealthGPT-M3", 64.52)),
-                *(("HuatuoGPT-Vision-34B", 66.10), ("HuatuoGPT-Vision-7B", 62.82)),
-                ("MedVLM-R1", 57.68),
-            )
+        published=published_scores(
+            "MedBookVQA accuracy, %",
+            TABLE,
+            *(("Gemini2.5-Pro(03-25)", 81.24), ("GPT4.1", 77.98), ("GPT-4o", 74.94)),
+            *(("InternVL3-78B", 72.92), ("LLaVA-OV-72B", 72.86), ("Ovis2-34B", 71.42)),
+            *(("Claude3.7-Sonnet-Thinking", 70.50), ("Qwen2.5-VL-72B-Instruct", 70.06)),
+            *(("HealthGPT-L14", 68.58), ("HealthGPT-M3", 64.52)),
+            *(("HuatuoGPT-Vision-34B", 66.10), ("HuatuoGPT-Vision-7B", 62.82)),
+            ("MedVLM-R1", 57.68),
         ),
         own_correct=own_correct,
         own_scorer="evaluation/summerize_utlis.py and summerize_result.ipynb of "

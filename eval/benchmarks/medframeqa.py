@@ -18,7 +18,7 @@ from typing import Any
 from medmax_jax.data.records.row_streams import RowLocation, parquet_rows
 from medmax_jax.data.sources.row import RejectedRow, RowError, collect_rows, field_text
 from medmax_jax.eval.benchmarks import fields
-from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
+from medmax_jax.eval.benchmarks.card import Item, TaskSpec, published_scores
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.records import EvalRecord
 
@@ -110,14 +110,13 @@ CARDS = (
         counted="README.md of the source; 9,237 frames",
         differs="MedFrameQA: a system prompt asks for reasoning and 'Answer:', the options are a "
         "list in one line; empty responses are left out of the mean",
-        published=tuple(
-            Published(model=model, value=value, metric="MedFrameQA accuracy, %", read=TABLE)
-            for model, value in (
-                *(("o1", 47.91), ("o3", 50.18), ("o4-mini", 49.40), ("Gemini-2.5-Flash", 54.75)),
-                *(("Claude-3.7-Sonnet", 49.67), ("QvQ-72B-Preview", 46.59), ("GPT-4o", 45.67)),
-                *(("GPT-4o-mini", 34.55), ("GPT-4-Turbo-V", 46.69)),
-                ("Qwen2.5-VL-72B-Instruct", 40.89),
-            )
+        published=published_scores(
+            "MedFrameQA accuracy, %",
+            TABLE,
+            *(("o1", 47.91), ("o3", 50.18), ("o4-mini", 49.40), ("Gemini-2.5-Flash", 54.75)),
+            *(("Claude-3.7-Sonnet", 49.67), ("QvQ-72B-Preview", 46.59), ("GPT-4o", 45.67)),
+            *(("GPT-4o-mini", 34.55), ("GPT-4-Turbo-V", 46.69)),
+            ("Qwen2.5-VL-72B-Instruct", 40.89),
         ),
         own_correct=own_correct,
         own_scorer="src/eval_process.py of github.com/haojinw0027/MedFrameQA at e83fbe3: agrees on "

@@ -27,7 +27,7 @@ from medmax_jax.data.sources.row import (
     first_file,
 )
 from medmax_jax.eval.benchmarks import fields
-from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec
+from medmax_jax.eval.benchmarks.card import Item, Published, TaskSpec, published_scores
 from medmax_jax.eval.metrics import text as text_metrics
 from medmax_jax.eval.records import EvalRecord
 
@@ -123,14 +123,13 @@ CARDS = (
         differs="MedXpertQA: two turns, the reasoning and then the answer after a fixed sentence; "
         "the first letter that is a word counts",
         published=(
-            *(
-                Published(model=model, value=value, metric="MedXpertQA-MM accuracy, %", read=TABLE)
-                for model, value in (
-                    *(("QVQ-72B-Preview", 33.55), ("GPT-4o", 42.80), ("Claude-3.5-Sonnet", 33.20)),
-                    *(("Gemini-1.5-Pro", 34.10), ("GPT-4o-mini", 28.05)),
-                    *(("Gemini-2.0-Flash", 37.20), ("Qwen2.5-VL-72B", 29.95)),
-                    ("Qwen2-VL-72B", 28.35),
-                )
+            *published_scores(
+                "MedXpertQA-MM accuracy, %",
+                TABLE,
+                *(("QVQ-72B-Preview", 33.55), ("GPT-4o", 42.80), ("Claude-3.5-Sonnet", 33.20)),
+                *(("Gemini-1.5-Pro", 34.10), ("GPT-4o-mini", 28.05)),
+                *(("Gemini-2.0-Flash", 37.20), ("Qwen2.5-VL-72B", 29.95)),
+                ("Qwen2-VL-72B", 28.35),
             ),
             Published(
                 model="o1",
@@ -138,17 +137,11 @@ CARDS = (
                 metric="MedXpertQA-MM accuracy, %",
                 read=f"{TABLE}; of a random sample of the questions",
             ),
-            *(
-                Published(
-                    model=model,
-                    value=value,
-                    metric="MedXpertQA-MM accuracy by MedEvalKit, %",
-                    read=KIT,
-                )
-                for model, value in (
-                    *(("HealthGPT-14B", 24.7), ("Lingshu-7B", 26.7), ("Lingshu-32B", 30.9)),
-                    *(("MedGemma-27B-IT", 33.9), ("HuatuoGPT-V-7B", 21.6), ("LLaVA-Med-7B", 20.3)),
-                )
+            *published_scores(
+                "MedXpertQA-MM accuracy by MedEvalKit, %",
+                KIT,
+                *(("HealthGPT-14B", 24.7), ("Lingshu-7B", 26.7), ("Lingshu-32B", 30.9)),
+                *(("MedGemma-27B-IT", 33.9), ("HuatuoGPT-V-7B", 21.6), ("LLaVA-Med-7B", 20.3)),
             ),
         ),
         own_correct=own_correct,

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from sacrebleu.metrics import BLEU
 
 from medmax_jax.eval.stats import intervals
 
@@ -46,6 +45,8 @@ def bleu_interval(
 
     Its signature is nrefs:1|case:lc|eff:no|tok:13a|smooth:exp; sacrebleu prints 100 times this.
     """
+    from sacrebleu.metrics import BLEU  # here: the import is slow, and few tasks have captions
+
     metric = BLEU(lowercase=True, effective_order=True)  # of the counts, which it does not change
     pairs = zip(answers, references, strict=True)
     scores = [metric.sentence_score(answer, [reference]) for answer, reference in pairs]

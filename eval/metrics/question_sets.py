@@ -4,8 +4,8 @@
     MediConfusion   one question about two images               set_accuracy, confusion
 
 A set is right only if all of its questions are. It is confused if all of its answers are the same
-option, which for MediConfusion means that the images were not told apart. A set with an answer that
-cannot be parsed counts as confused in `value`, and as not confused in `best`.
+option, which for MediConfusion means that the images were not distinguished. A set with an answer
+that cannot be parsed counts as confused in `value`, and as not confused in `best`.
 """
 
 import collections

@@ -20,4 +20,7 @@ run_facts           Records what the answers of a workdir depend on, in run.json
                     another evaluation.
 stages              Runs one evaluation in stages; each stage is a plain function of an `EvalRun`
                     and shares files.
+verbalized_confidence
+                    Asks a model how confident it is in each closed or multiple choice answer, and
+                    measures that.
 """

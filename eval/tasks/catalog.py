@@ -20,7 +20,7 @@ from medmax_jax.eval.benchmarks import (
     medxpertqa,
     smmile,
 )
-from medmax_jax.eval.benchmarks.card import Published, TaskSpec
+from medmax_jax.eval.benchmarks.card import Published, TaskSpec, published_scores
 from medmax_jax.eval.metrics.question_sets import QuestionSets
 
 SITE = "the authors' site, results table"
@@ -171,12 +171,11 @@ OWN_SCORERS = {  # by family
         ("multimodal", "mm_out.py", "1,000"),
     )
 }
-CHAT_OVERALL = tuple(  # over the questions of both types of visual chat
-    Published(model=model, value=value, metric="gpt-4o-mini relative score", read=CHAT_CHART)
-    for model, value in (
-        *(("Chameleon 7B", 26.5), ("LLaVA-Med v1", 50.2), ("HuatuoGPT-Vision 7B", 60.5)),
-        *(("LLaVA-Med v1.5 7B", 62.5), ("MedMax 7B", 60.4)),
-    )
+CHAT_OVERALL = published_scores(  # over the questions of both types of visual chat
+    "gpt-4o-mini relative score",
+    CHAT_CHART,
+    *(("Chameleon 7B", 26.5), ("LLaVA-Med v1", 50.2), ("HuatuoGPT-Vision 7B", 60.5)),
+    *(("LLaVA-Med v1.5 7B", 62.5), ("MedMax 7B", 60.4)),
 )
 DIFFERS = {  # by family; docs/reference/release_defects.md has all of them
     "vqa_closed": "1 token, repetition penalty 1.2 over the prompt too, substring match",
@@ -201,21 +200,16 @@ def _of_medmax(task: str) -> tuple[Published, ...]:
     if task in COLUMNS:
         metric = "right by gpt-4o-mini, %" if task.endswith("_open") else "accuracy, %"
         column = COLUMNS.index(task)
-        return tuple(
-            Published(model=model, value=float(line.split()[column]), metric=metric, read=SITE)
-            for model, line in MODELS
-        )
+        scores = ((model, float(line.split()[column])) for model, line in MODELS)
+        return published_scores(metric, SITE, *scores)
     if task not in CHARTS:
         return ()
     metric, read, values = CHARTS[task]
-    scores = [Published(model=m, value=v, metric=metric, read=read) for m, v in values]
+    published = published_scores(metric, read, *values)
     if task == "multimodal":
         image_metric = "BiomedCLIP image-image cosine"
-        scores += [
-            Published(model=m, value=v, metric=image_metric, read=read)
-            for m, v in INTERLEAVED_IMAGE_SCORES
-        ]
-    return tuple(scores)
+        published += published_scores(image_metric, read, *INTERLEAVED_IMAGE_SCORES)
+    return published
 
 
 def _task_spec(task: str, title: str, family: str, **fields) -> TaskSpec:

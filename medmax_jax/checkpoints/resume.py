@@ -67,6 +67,20 @@ def check_meta(saved: dict, current: dict, *, extend: bool) -> list[str]:
     return harmless
 
 
+def config_sections(config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Return (name, fields) of the sections of a run's config, as JSON has it; one of each stage.
+
+    Raises ValueError for anything else.
+    """
+    sections = []
+    for name, value in config.items() if isinstance(config, dict) else [("", None)]:
+        parts = value if name == "stages" else [value]
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise ValueError("not the config of a run")
+        sections += [(name, part) for part in parts]
+    return sections
+
+
 def with_added_fields(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a run, as JSON has them, with the fields that an older one lacks."""
     filled = dict(settings)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from medmax_jax.checkpoints import export, manager
+from medmax_jax.checkpoints.resume import config_sections
 from medmax_jax.config import BOUNDS, ConfigError, Lora, build, to_dict
 from medmax_jax.convert import safetensors_stream
 from medmax_jax.convert.state_dict import (
@@ -354,19 +355,13 @@ def _checked_facts(facts: Any, where: str) -> dict[str, Any]:
     for name in ("sources", "credentials"):
         table = facts.get(name, {}) if valid else {}
         valid = valid and isinstance(table, dict) and all(type(n) is int for n in table.values())
-    table = facts.get("config", {}) if valid else {}
-    sections = table.items() if isinstance(table, dict) else [("", None)]
-    parts = [
-        part
-        for name, fields in sections
-        for part in (fields if name == "stages" and isinstance(fields, list) else [fields])
-    ]
-    valid = valid and all(isinstance(part, dict) for part in parts)
-    if not valid:
+    try:
+        config_sections(facts.get("config", {}) if valid else None)
+    except ValueError:
         raise ConvertError(
             f"{where}: base, data, step, sources, credentials or config has an invalid type; "
             "export the adapter again"
-        )
+        ) from None
     return facts
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from medmax_jax.checkpoints.resume import config_sections
 from medmax_jax.convert.state_dict import Adapter, Checkpoint
 from medmax_jax.endpoints import egress
 from medmax_jax.storage import hub
@@ -84,10 +85,9 @@ def _training(facts: dict[str, Any], data_sources: Mapping[str, SourceTerms]) ->
         lines.append(f"| {name} | {facts['sources'][name]:,} | {credential} | {licence} |")
     if not facts.get("sources"):
         lines.append("| unknown | | | |")
-    for section, fields in facts.get("config", {}).items():
-        for part in fields if isinstance(fields, list) else [fields]:  # stages: one line each
-            settings = ", ".join(f"{k} {v!r}" for k, v in part.items())
-            lines += ["", f"`{section}`: {settings}"]
+    for section, fields in config_sections(facts.get("config", {})):
+        settings = ", ".join(f"{k} {v!r}" for k, v in fields.items())
+        lines += ["", f"`{section}`: {settings}"]
     return lines
 
 

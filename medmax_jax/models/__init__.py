@@ -2,6 +2,8 @@
 
 attention      Computes causal attention inside packed documents.
 chameleon      Defines Chameleon, an early-fusion transformer over text and image tokens alike.
+guidance_streams
+               Defines the token streams that guidance compares where an image is generated.
 image_headers  Limits what an image file can make its decoder allocate, before Pillow reads the
                file.
 image_range    Maps samples of more than 8 bits to 8 bits, by the range the file states or by their

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from medmax_jax import config, flops
+from medmax_jax.checkpoints.resume import config_sections
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.storage import lease
 from medmax_jax.sweep.axes import SweepError
@@ -218,9 +219,10 @@ def _locked(home: Path) -> bool:
 
 def _check_same(run: SweepRun, home: Path) -> None:
     stored, expected = _config(home).get("config"), config.to_dict(settings(run))
-    parts = stored.items() if isinstance(stored, dict) else [("", None)]
-    if not all(isinstance(part, list if name == "stages" else dict) for name, part in parts):
-        raise SweepError(f"{home / 'config.json'}: not the config of a run; remove the folder")
+    try:
+        config_sections(stored)
+    except ValueError as error:
+        raise SweepError(f"{home / 'config.json'}: {error}; remove the folder") from None
     if difference := _first_difference(expected, stored):
         raise SweepError(
             f"{home} contains another run: config.{difference}; use another --workdir, or remove it"

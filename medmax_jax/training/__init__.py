@@ -16,6 +16,8 @@ reporting      Reports on a run: run summary, metrics, held-out losses, document
 run_files      Writes and reads the files that a run does not depend on: its log and its metrics.
 samples        Writes samples of the model in training for held-out prompts: D/samples/000300.html.
 setup          Starts a run: checks before anything is loaded, the lock, the state to resume from.
+stages         Divides a run into its stages: which one a step belongs to, its schedule, and what it
+               trains.
 step           Defines one training step and one evaluation step as pure functions of state and
                batch.
 """
