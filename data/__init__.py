@@ -1,5 +1,6 @@
 """Prepare training data: records, packing, image tokens, sources and the embedded sample.
 
+image_density  Rearrange records by image: the same tasks on few images (IMAX) or on many (DMAX).
 loader         Map a step number to the batch of that step: packed rows, and the loss weight of
                every token.
 mixture        Define the MedMax mixture: thirteen sources and six tasks, as published; and the

@@ -16,6 +16,8 @@ python -m data.prepare check D [--against EVAL]    corrupt records, duplicates, 
 python -m data.prepare stats D [--out PAGE]     contents and packing efficiency; an HTML page
 python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full rows are, and the
     documents of one row; plan F.npz [--row 17] reads a saved plan
+python -m data.prepare densify POOL --out D --documents N       the same tasks on few images, and
+python -m data.prepare decentralize POOL --out D2 --like D      on many: data/image_density.py
 python -m data.prepare who_saw HASH --in FOLDER ..    shards, plans, runs, checkpoints of an image
 
 Inputs may be published files: hf://ORG/NAME[@REVISION][/FILE], hf://datasets/ORG/NAME/..
@@ -50,6 +52,7 @@ from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.safetensors_file import WeightsError
 from medmax_jax.cli import Interrupted, skip_absent_tpu
 from medmax_jax.config import ConfigError
+from medmax_jax.data import image_density
 from medmax_jax.data.analysis import check as record_check
 from medmax_jax.data.analysis import provenance, stats
 from medmax_jax.data.image_tokens import dicom, document_codes, store
@@ -421,6 +424,7 @@ def _parser() -> arguments.Parser:
     count = stats.add(commands, TINY, SAMPLE / "manifest.jsonl")
     plan = report.add(commands)
     provenance.add(commands)
+    image_density.add(commands)
     for command in (check, count):
         command.add_argument("folder", type=arguments.folder, help="folder of records")
     plan.add_argument("folder", type=arguments.folder, help="folder of records, or a saved plan")

@@ -223,7 +223,15 @@ def _images(records: Records, by_image: dict[str, Any], manifest: Path | None) -
     # Verbatim: part of the data.
     without = by_image["without_picture"]
     note += f"average; {without:,} documents have no image."
-    return body + html_page.paragraph(note, note=True)
+    per_image = by_image["by_source"] | {
+        # Verbatim: part of the data.
+        "all": by_image | dict(images=by_image["pictures"]),
+        "IMAX (published)": dict(images="", **report.IMAX_PER_IMAGE),
+    }
+    head = ["source", "images", "documents per image", "tasks per image"]
+    rows = [(name, row["images"], row["entries"], row["tasks"]) for name, row in per_image.items()]
+    table = html_page.table(head, rows, definitions=DEFINITIONS)
+    return body + html_page.paragraph(note, note=True) + table
 
 
 def _modalities(records: Records, manifest: Path) -> dict[str, int]:

@@ -19,6 +19,8 @@ from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.models.guidance_streams import STREAMS
 
+# Documents and tasks per image of the data set IMAX (arXiv 2504.09967).
+IMAX_PER_IMAGE = {"entries": 7.46, "tasks": 4.10}
 ROW_LENGTHS = (2_048, 4_096, 8_192, 16_384)
 STEP = 128  # rows are padded to a multiple of this if shapes are compiled
 _ROW_FIELDS = ("id", "source", "task", "image_path")
@@ -149,27 +151,40 @@ def row_documents(records: Records, plan: pack.Plan, row: int) -> list[dict[str,
 
 
 def image_stats(records: Records) -> dict[str, Any]:
-    """Count the documents and tasks per image: IMAX (arXiv 2504.09967) has 7.46 and 4.10.
+    """Count the documents (entries) and tasks per image, of all documents and of each source.
 
     Three documents of image 0 (VQA, VQA, Visual Chat), one of image 1 (VQA), one without: 2 images,
-    1 document without an image, entries 2.0, tasks 1.5, of_entries {1: 1, 3: 1}.
+    1 document without an image, entries 2.0, tasks 1.5, of_entries {1: 1, 3: 1}. For a source,
+    only its own documents count.
     """
     image, task = records.index["image_path"], records.index["task"]
     has_image = image >= 0
     if not has_image.any():
         # Verbatim: part of the data.
         return dict(pictures=0, without_picture=len(image))
-    entries = np.bincount(image[has_image])
-    tasks = np.bincount(np.unique(np.stack([image[has_image], task[has_image]]), axis=1)[0])
-    sizes, counts = np.unique(entries, return_counts=True)
+    sizes, counts = np.unique(np.bincount(image[has_image]), return_counts=True)
+    source, by_source = records.index["source"], {}
+    for number, name in enumerate(records.names("source")):
+        own = has_image & (source == number)
+        if own.any():
+            by_source[name] = _per_image(image[own], task[own])
+    overall = _per_image(image[has_image], task[has_image])
     # Verbatim: part of the data.
     return dict(
-        pictures=len(entries),
+        pictures=overall["images"],
         without_picture=int((~has_image).sum()),
-        entries=round(float(entries.mean()), 3),
-        tasks=round(float(tasks.mean()), 3),
+        entries=overall["entries"],
+        tasks=overall["tasks"],
         of_entries=dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
+        by_source=by_source,
     )
+
+
+def _per_image(image: Int[np.ndarray, "n"], task: Int[np.ndarray, "n"]) -> dict[str, float]:
+    """Return the number of images, and the mean numbers of documents and of tasks of an image."""
+    images = len(np.unique(image))
+    tasks = np.unique(np.stack([image, task]), axis=1).shape[1] / images
+    return dict(images=images, entries=round(len(image) / images, 3), tasks=round(tasks, 3))
 
 
 # ---- The command line ----

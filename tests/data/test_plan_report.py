@@ -60,15 +60,19 @@ def test_image_stats(tmp_path):
     docs = micro_run.documents(5, seed=0)
     tasks = ["VQA", "VQA", "Visual Chat", "VQA", "VQA"]
     paths = ["a", "a", "a", "b", ""]
-    for d, task, path in zip(docs, tasks, paths, strict=True):
-        vars(d).update(task=task, image_path=path)
+    for d, task, path, source in zip(docs, tasks, paths, "AABBB", strict=True):
+        vars(d).update(task=task, image_path=path, source=source)
     layout = writer.open_records(micro_run.write(tmp_path / "other")).layout
     writer.write(tmp_path / "r", docs, shard_size=9, layout=layout, notes={})
     stats = report.image_stats(writer.open_records(tmp_path / "r"))
     # Verbatim: part of the data.
     assert stats == dict(
-        pictures=2, without_picture=1, entries=2.0, tasks=1.5, of_entries={1: 1, 3: 1}
-    )
+        pictures=2, without_picture=1, entries=2.0, tasks=1.5, of_entries={1: 1, 3: 1},
+        by_source={
+            "A": dict(images=1, entries=2.0, tasks=1.0),
+            "B": dict(images=2, entries=1.0, tasks=1.0),
+        },
+    )  # fmt: skip
     without = report.image_stats(writer.open_records(tmp_path / "other"))
     # Verbatim: part of the data.
     assert without == dict(pictures=0, without_picture=40)
