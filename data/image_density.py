@@ -227,8 +227,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _density(records: Records) -> dict[str, float]:
-    # Verbatim: part of the data.
     stats = image_stats(records)
+    # Verbatim: part of the data.
     return dict(images=stats["pictures"], entries=stats["entries"], tasks=stats["tasks"])
 
 

@@ -129,6 +129,10 @@ class BatchLoader:
             fill=tokens / (size * seq_len),
         )
 
+    def documents_of_rows(self, step: int) -> list[np.ndarray]:
+        """Return the numbers of the documents of each row of a step, over all hosts."""
+        return [row.documents for row in self._rows(self._in_range(step))]
+
     def document_names(self, step: int) -> list[str]:
         """Return the documents of a step as source/id; for credentialed ones a digest of the id."""
         return [

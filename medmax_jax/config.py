@@ -184,6 +184,7 @@ class Train:
     compile: str  # default | gather: options of the TPU compiler, see step.py
     log_every: int  # steps
     eval_every: int  # steps; 0: never
+    fisher_every: int  # steps; 0: never; training/fisher.py
     samples: int  # samples written at each evaluation; 0: none
     checkpoint_every: int  # steps
     keep: int  # checkpoints
@@ -292,6 +293,7 @@ ADDED = {
         "z": {"text": 0.0, "image": 0.0},
     },
     "train.residual_dropout": 0.0,
+    "train.fisher_every": 0,
     "optim.schedule": "run",
     "run.stages": [],
 }
@@ -530,9 +532,11 @@ def _check_sizes(run: Run) -> None:
     window, factor = run.optim.skip_window, run.optim.skip_factor
     _rule(window == 0 or window > 1, "optim.skip_window", window, "0, or above 1")
     _rule(not window or factor > 0, "optim.skip_factor", factor, "above 0")
-    for name in ("eval_every", "samples"):
+    for name in ("eval_every", "fisher_every", "samples"):
         value = getattr(run.train, name)
         _rule(value >= 0, f"train.{name}", value, "at least 0")
+    measured, trains = run.train.fisher_every, run.train.trains
+    _rule(lora or not measured, "train.fisher_every", measured, f"0 when train.trains is {trains}")
     samples_possible = not run.train.samples or bool(run.train.init_from and run.data.validation)
     requirement = "0 unless train.init_from (its tokenizer and VQGAN) and data.validation are set"
     _rule(samples_possible, "train.samples", run.train.samples, requirement)

@@ -47,11 +47,11 @@ from medmax_jax.eval.tasks import probes, selection
 from medmax_jax.generation import model_bundle
 from medmax_jax.io import charts, html_page
 from medmax_jax.io.progress import report_waiting
+from medmax_jax.io.run_files import damage_warning, read_metrics
 from medmax_jax.io.text_files import TextFileError, read_json
 from medmax_jax.models import images
 from medmax_jax.sharding import make_mesh
 from medmax_jax.storage.folder import file_sha256
-from medmax_jax.training.run_files import damage_warning, read_metrics
 
 log = logging.getLogger("medmax_jax.quickstart")
 

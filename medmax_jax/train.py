@@ -211,7 +211,7 @@ def _loop(
 ) -> tuple[step.TrainState, dict[str, float]]:
     """Run the remaining steps, with reports, evaluations and checkpoints between them."""
     t, reporter = job.run.train, Reporter(job, cursor)
-    evaluator = Evaluator(job)
+    evaluator, fisher_reporter = Evaluator(job), reporting.FisherReporter(job)
     eval_records = job.eval_data.records if job.eval_data else None
     sampler = samples.Sampler(job.run, eval_records, graph=job.graph, mesh=job.mesh)
     _check_stop(job, done)
@@ -239,6 +239,9 @@ def _loop(
                 batch = _next(job, batches)  # while the device computes
             if done % t.log_every == 0 or stage_ends:
                 reporter.report(done)
+            if t.fisher_every and done % t.fisher_every == 0:
+                reporter.flush(done)
+                fisher_reporter(state, done)
             if t.eval_every and (done % t.eval_every == 0 or stage_ends) and job.eval_data:
                 _evaluate(job, state, done, reporter, evaluator, sampler)
             job.checkpoints.check()

@@ -36,12 +36,12 @@ from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.io import charts
 from medmax_jax.io.errors import quoted
 from medmax_jax.io.progress import report_waits
+from medmax_jax.io.run_files import LogFile, damage_warning, read_metrics
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models import images, vqgan
 from medmax_jax.sharding import make_mesh, shard_batch
 from medmax_jax.storage import hub, image_paths
 from medmax_jax.training import lpips
-from medmax_jax.training.run_files import LogFile, damage_warning, read_metrics
 
 MAX_PIXELS = 40_000_000  # of a training image
 LAST_RESTART = 0.8  # share of all steps after which no code is restarted, so that codes settle

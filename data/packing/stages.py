@@ -60,6 +60,11 @@ class StagedLoader:
         loader, own_step = self._at(step)
         return loader.stats(own_step)
 
+    def documents_of_rows(self, step: int) -> list[np.ndarray]:
+        """Return the numbers of the documents of each row of a step."""
+        loader, own_step = self._at(step)
+        return loader.documents_of_rows(own_step)
+
     def document_names(self, step: int) -> list[str]:
         """Return the names of the documents of a step."""
         loader, own_step = self._at(step)

@@ -10,6 +10,7 @@ journal         An append-only JSONL file that survives a kill: a line is on the
                 use.
 progress        Progress logs of long work: amount done, rate and remaining time, one line at a
                 time.
+run_files       Writes and reads the files that a run does not depend on: its log and its metrics.
 settings_files  Read the settings, indexes and headers of checkpoints, JSON and YAML, within tighter
                 bounds.
 text_files      Read text, JSON and JSON Lines that another program wrote, within stated bounds.

@@ -20,11 +20,11 @@ from typing import Any
 
 from medmax_jax import config, flops
 from medmax_jax.checkpoints.resume import config_sections
+from medmax_jax.io.run_files import damage_warning, read_metrics
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.storage import lease
 from medmax_jax.sweep.axes import SweepError
 from medmax_jax.sweep.expand import SweepRun, settings
-from medmax_jax.training.run_files import damage_warning, read_metrics
 
 TABLE = "table.csv"
 LOCK, STARTED = ".lock", ".started"  # of medmax_jax.train; of a process that the runner started

@@ -49,6 +49,9 @@ class DocumentSource(Protocol):
     def __getitem__(self, number: int) -> Any:
         """Return a document: tokens, source, task, id and credential."""
 
+    def names(self, label: str) -> list[str]:
+        """Return the names that the numbers of index["source"] or index["task"] refer to."""
+
 
 @runtime_checkable
 class BatchSource(Protocol):
@@ -69,6 +72,9 @@ class BatchSource(Protocol):
 
     def stats(self, step: int) -> BatchStats:
         """Return the counts of the batch of a step, over all hosts."""
+
+    def documents_of_rows(self, step: int) -> list[Int32[np.ndarray, "_"]]:
+        """Return the numbers of the documents of each row of a step, over all hosts."""
 
     def document_names(self, step: int) -> list[str]:
         """Return the names of the documents of a step."""

@@ -22,8 +22,8 @@ import tensorboardX
 from medmax_jax import config
 from medmax_jax.endpoints import egress
 from medmax_jax.io.errors import printable_text
+from medmax_jax.io.run_files import LogFile, damage_warning, metrics_lines
 from medmax_jax.io.text_files import TextFileError
-from medmax_jax.training.run_files import LogFile, damage_warning, metrics_lines
 
 # The purposes that the wall clock time of a run is split into; goodput is the share of `step`.
 BUCKETS = ("load", "compile", "data", "step", "eval", "sample", "checkpoint")

@@ -20,6 +20,8 @@ from typing import Any
 
 import jax
 from clu import parameter_overview
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from medmax_jax import cli, config, flops
@@ -27,12 +29,12 @@ from medmax_jax.checkpoints import safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
 from medmax_jax.environment import environment, git_commit
 from medmax_jax.io.progress import report_waiting
+from medmax_jax.io.run_files import LogFile
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import shard_batch
 from medmax_jax.storage.workdir import Workdir
-from medmax_jax.training import log_writer, metrics, stages, step
+from medmax_jax.training import fisher, log_writer, metrics, stages, step
 from medmax_jax.training.batch import BatchSource, BatchStats
-from medmax_jax.training.run_files import LogFile
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "safetensors")
 
@@ -255,6 +257,40 @@ class Evaluator:
         kinds = metrics.by_kind(total, job.eval_data.kinds)
         job.writer.write("validation", done, row | kinds | stage)
         return {f"validation_{name}": value for name, value in row.items()}
+
+
+class FisherReporter:
+    """Reports the spectrum of the gradients of single documents of a step, see fisher.py."""
+
+    def __init__(self, job: TrainContext):
+        self._job, self._gram = job, None
+
+    def __call__(self, state: step.TrainState, done: int) -> None:
+        """Write a row of kind fisher for the documents of the last step, at its weights."""
+        job, data = self._job, self._job.train_data
+        with job.clock.measure("eval"):
+            places, numbers = fisher.places(data.documents_of_rows(done - 1))
+            batch = shard_batch(data.batch(done - 1), job.mesh)
+            places = jax.device_put(places, NamedSharding(job.mesh, P()))
+        if self._gram is None:
+            waiting = report_waiting("compiling the gradients of documents", job.writer.log)
+            with job.clock.measure("compile"), waiting:
+                lowered = fisher.make_gram(job.graph, job.run).lower(
+                    state.trainable, job.frozen, batch, places
+                )
+                self._gram = lowered.compile()
+                barrier("the gradients of documents are compiled")
+        index = data.records.index
+        names = data.records.names("task")
+        tasks = [names[number] for number in index["task"][numbers]]
+        with job.clock.measure("eval"):
+            gram = jax.device_get(self._gram(state.trainable, job.frozen, batch, places))
+            row = fisher.statistics(gram, tasks, index["image_path"][numbers])
+        job.writer.log(
+            f"Fisher information of {len(tasks)} documents after step {done}: spectral "
+            f"entropy {row['spectral_entropy']:.3f}, leading share {row['leading_share']:.3f}"
+        )
+        job.writer.write("fisher", done, row)
 
 
 class Profiler:

@@ -37,12 +37,13 @@ from medmax_jax.eval.models import predictions
 from medmax_jax.eval.tasks import items, selection
 from medmax_jax.generation import output_files
 from medmax_jax.generation.requests import GenerateError
+from medmax_jax.io import run_files
 from medmax_jax.io.journal import JournalError, parse_jsonl
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, SEP
 from medmax_jax.scaling import table
 from medmax_jax.scaling.laws import LAWS, ScalingError
-from medmax_jax.training import log_writer, run_files
+from medmax_jax.training import log_writer
 
 DEFAULT, SLOW = 60, 500  # mutations of a format
 MAX_MESSAGE = 1_000  # characters, with the path of the file

@@ -20,7 +20,7 @@ from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.eval.config import Settings
 from medmax_jax.eval.models import loading
 from medmax_jax.generation import model_bundle
-from medmax_jax.training.run_files import read_metrics
+from medmax_jax.io.run_files import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 ADAPTER = ROOT / "medmax_jax" / "tiny_adapter"

@@ -10,11 +10,12 @@ import pytest
 
 from medmax_jax import config, quickstart, train_vqgan
 from medmax_jax.configs import tiny_vqgan
+from medmax_jax.io import run_files
 from medmax_jax.io.text_files import TextFileError
 from medmax_jax.sweep import expand, runner, status
 from medmax_jax.sweep.axes import SweepError
 from medmax_jax.sweep.expand import SweepRun, read
-from medmax_jax.training import log_writer, run_files
+from medmax_jax.training import log_writer
 
 ROWS = b'{"kind": "train", "step": 1, "loss": 1.0}\n{"kind": "train", "step": 2, "loss": 1.0}\n'
 DAMAGE = {
