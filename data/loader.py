@@ -249,6 +249,13 @@ class BatchLoader:
                 f"{folder}: images have {layout.codes_per_image} codes, but config.vq produces "
                 f"{run.vq.codes_per_image}; prepare the data with this model's VQGAN"
             )
+        shown, asked = ((x.view, x.answer_view) for x in (layout, run.vq))
+        if shown != asked and self.records.index["image"].any():
+            raise RecordsError(
+                f"{folder}: images have view {shown[0]} in prompts and {shown[1]} in answers, but "
+                f"config.vq.view is {asked[0]} and config.vq.answer_view is {asked[1]}; set these, "
+                "or prepare the data with --view and --answer_view"
+            )
         if run.data.batch_size % self._hosts:
             raise RecordsError(
                 f"config.data.batch_size is {run.data.batch_size}; "
