@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from medmax_jax.config import ConditionDropout, LossWeights, Run, task_weights
+from medmax_jax.config import ConditionDropout, LossWeights, Run, task_weights, view_text
 from medmax_jax.data.packing import condition_dropout, mixing
 from medmax_jax.data.packing.condition_dropout import trained_tokens
 from medmax_jax.data.packing.pack import Row
@@ -249,12 +249,10 @@ class BatchLoader:
                 f"{folder}: images have {layout.codes_per_image} codes, but config.vq produces "
                 f"{run.vq.codes_per_image}; prepare the data with this model's VQGAN"
             )
-        shown, asked = ((x.view, x.answer_view) for x in (layout, run.vq))
-        if shown != asked and self.records.index["image"].any():
+        if view_text(layout) != view_text(run.vq) and self.records.index["image"].any():
             raise RecordsError(
-                f"{folder}: images have view {shown[0]} in prompts and {shown[1]} in answers, but "
-                f"config.vq.view is {asked[0]} and config.vq.answer_view is {asked[1]}; set these, "
-                "or prepare the data with --view and --answer_view"
+                f"{folder}: images have {view_text(layout)}, but config.vq has "
+                f"{view_text(run.vq)}; change these, or prepare the data with --view, --answer_view"
             )
         if run.data.batch_size % self._hosts:
             raise RecordsError(

@@ -411,6 +411,21 @@ def check_vq(vq: VQ) -> None:
         _rule(value in CHOICES[name], name, value, f"one of {', '.join(CHOICES[name])}")
 
 
+def view_text(settings: Any) -> str:
+    """Return the views of a VQ, or of the layout of records: "view pad, answer_view released"."""
+    return f"view {settings.view}, answer_view {settings.answer_view}"
+
+
+def view_warning(model: str, trained: VQ, used: VQ) -> str:
+    """Return a warning if a model is used with other views than it was trained on, else ""."""
+    if (trained.view, trained.answer_view) == (used.view, used.answer_view):
+        return ""
+    return (
+        f"WARNING: {model} was trained on images with {view_text(trained)}, but is used with "
+        f"{view_text(used)}: it reads other pixels than it has learned, and may answer worse"
+    )
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """Return a dict that JSON can encode; `from_config_dict(to_dict(run)) == run`."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 from jaxtyping import Bool, Int
 
-from medmax_jax.config import Vocab
+from medmax_jax.config import Vocab, view_text
 from medmax_jax.io.text_files import parse_object
 from medmax_jax.models.vocab import (
     BOI,
@@ -180,11 +180,10 @@ def _check_images(t: np.ndarray, layout: Layout, where: str) -> None:
 
 def _check_views(document: Document, layout: Layout, where: str) -> None:
     """Raise RecordsError on an image in another view than the folder's; others would be mixed."""
-    shown, folder = ((x.view, x.answer_view) for x in (document, layout))
-    if shown != folder and (document.tokens == BOI).any():
+    if view_text(document) != view_text(layout) and (document.tokens == BOI).any():
         raise RecordsError(
-            f"{where}: its images have view {shown[0]!r} and answer_view {shown[1]!r}, but those "
-            f"of the folder have {folder[0]!r} and {folder[1]!r}; create all of them with one",
+            f"{where}: its images have {view_text(document)}, but those of the folder have "
+            f"{view_text(layout)}; create all of them with the same views",
             "image",
         )
 
