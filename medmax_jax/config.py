@@ -411,6 +411,13 @@ def check_vq(vq: VQ) -> None:
         _rule(value in CHOICES[name], name, value, f"one of {', '.join(CHOICES[name])}")
 
 
+def with_views_of(vq: VQ, run: Any) -> VQ:
+    """Return `vq` with the views of a run's config as JSON has it, where that states any."""
+    stated = run.get("vq") if isinstance(run, dict) else None
+    names = {"view", "answer_view"} & set(stated) if isinstance(stated, dict) else ()
+    return dataclasses.replace(vq, **{name: stated[name] for name in names})
+
+
 def view_text(settings: Any) -> str:
     """Return the views of a VQ, or of the layout of records: "view pad, answer_view released"."""
     return f"view {settings.view}, answer_view {settings.answer_view}"

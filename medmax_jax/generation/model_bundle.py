@@ -33,6 +33,7 @@ from medmax_jax.config import (
     check_model,
     check_vq,
     view_warning,
+    with_views_of,
 )
 from medmax_jax.generation import buckets
 from medmax_jax.generation.requests import (
@@ -138,18 +139,15 @@ def settings_of(folder: str | Path, adapter: str | Path | None) -> tuple[Model, 
     """Return the settings of a model folder, with the views that the adapter was trained on."""
     file = export.local_copy(folder) / "config.json"
     fix = "a model folder contains config.json, model.safetensors and tokenizer.json"
-    settings, run = _json(file, fix), {}
+    settings, run = _json(file, fix), None
     if adapter is not None:
         run = _adapter_settings(adapter_folder(adapter)).get("config")
-    stated = run.get("vq") if isinstance(run, dict) else None
     try:
         model, vocab, vq = (
             build(cls, settings.get(name))
             for cls, name in ((Model, "model"), (Vocab, "vocab"), (VQ, "vq"))
         )
-        if isinstance(stated, dict):
-            names = {"view", "answer_view"} & set(stated)
-            vq = dataclasses.replace(vq, **{name: stated[name] for name in names})
+        vq = with_views_of(vq, run)
         check_model(model, vocab, vq)
     except ConfigError as error:
         raise GenerateError(f"{adapter or file}: {error}") from error
