@@ -206,7 +206,7 @@ def provenance(summary: Summary) -> dict[str, Any]:
         "digest": summary.fingerprints.get("data"),
         "generation": settings.get("mode"),
         "prompts": settings.get("prompt"),
-        **({"view": view_text(summary)} if view_text(summary) else {}),
+        "view": view_text(summary),
         "seed": settings.get("seed"),
     }
     return facts | summary.environment

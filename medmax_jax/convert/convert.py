@@ -171,9 +171,8 @@ def _write_adapter(
             f"{adapter.path}: does not state the weights it was trained on; set --base to them"
         )
     if target.layout == "peft":
-        for warning in _view_warnings(
-            with_views_of(vqgan_network.RELEASED, adapter.facts.get("config"))
-        ):
+        vq = with_views_of(vqgan_network.RELEASED, adapter.facts.get("config"))
+        for warning in _view_warnings(vq):
             target.say(f"WARNING: {warning}")
     count = sum(t.nbytes for pair in adapter.matrices.values() for t in pair)
     card_text = model_card.render_model_card(
