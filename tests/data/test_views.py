@@ -7,7 +7,9 @@ import micro_run
 import numpy as np
 import pytest
 
-from medmax_jax.config import ConfigError, Vocab, to_dict
+from medmax_jax.checkpoints import export
+from medmax_jax.config import ConfigError, Vocab, from_config_dict, to_dict
+from medmax_jax.configs import tiny
 from medmax_jax.data import loader, prepare
 from medmax_jax.data.image_tokens import document_codes
 from medmax_jax.data.image_tokens.document_codes import StoredCodes, views_of_text
@@ -23,6 +25,8 @@ from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Document, Layout, RecordsError
 from medmax_jax.models import images, vqgan
 from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE_START, SEP
+from medmax_jax.sharding import make_mesh
+from medmax_jax.training import reporting
 
 TALL = "images/film-child-1427_00.jpg"  # an X-ray of which the release loses a part
 WIDE = "images/echo-doppler_00.jpg"
@@ -234,6 +238,26 @@ def test_training_refuses_records_of_another_view(tmp_path):
     text_only = dataclasses.replace(document(image=False), task="VQA")
     writer.write(tmp_path / "t", [text_only], shard_size=9, layout=layout, notes={})
     loader.eval_batches(run, str(tmp_path / "t"))  # without images any view will do
+
+
+def test_training_from_a_base_of_another_view_is_a_warning_that_names_both(tmp_path):
+    run = micro_run.run(data__train=micro_run.write(tmp_path / "r"))
+    train = dataclasses.replace(run.train, init_from="medmax_jax/tiny")
+    raw = tiny.get_config()
+    raw.vq.view = "pad"
+    padded = from_config_dict(raw)
+    export.check_base("medmax_jax/tiny", padded, tokenizer="", vqgan="")  # is no other model
+    batches, lines = loader.train_batches(run, run.data.train), []
+    for vq in (padded.vq, dataclasses.replace(padded.vq, view="released")):
+        reporting.environment_summary(
+            dataclasses.replace(run, train=train, vq=vq), make_mesh(run.mesh), batches, None,
+            log=lines.append, tables=False,
+        )  # fmt: skip
+    (warning,) = [line for line in lines if "WARNING" in line]
+    assert warning.startswith(
+        "WARNING: medmax_jax/tiny was trained on images with view released, answer_view released, "
+        "but is used with view pad, answer_view released: "
+    )
 
 
 def test_a_model_folder_decides_unless_a_view_is_stated(tmp_path):
