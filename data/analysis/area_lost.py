@@ -57,11 +57,12 @@ def _measure(records: Records, folder: Path) -> tuple[dict[int, str], dict[int, 
         "answers": (set(image_of[in_answers].tolist()), layout.answer_view),
     }
     secret, paths, lost = has_credentialed(records), {}, {}
+    measured = set().union(*(of_place for of_place, _ in shown.values()))
     numbers, first = np.unique(image_of, return_index=True)
     progress = ItemProgress(len(numbers), "images", log.info, every=LOG_SECONDS)
     for image, document in zip(numbers.tolist(), first.tolist(), strict=True):
         progress.tick("measured", 1)
-        if image < 0:  # documents without an image
+        if image not in measured:  # -1: documents without an image
             continue
         paths[image] = records[document].image_path
         label = f"the image of document {document}" if secret else ""

@@ -102,7 +102,7 @@ class CodeStore:
 
 def view_of(plan: dict[str, Any]) -> str:
     """Return the view of a folder's images; older plans do not state it and have the release's."""
-    return plan.get("view", "released")
+    return str(plan.get("view", "released"))
 
 
 def shard_file(path: Path) -> tuple[Path, dict[str, Any]]:
