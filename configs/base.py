@@ -114,6 +114,8 @@ def _model_config() -> ConfigDict:
             embed_dim=256,
             num_codes=8_192,
             norm_groups=32,  # fixed in the code of taming-transformers
+            view="released",  # the center square; Chameleon's paper pads the images of prompts
+            answer_view="released",  # as in the paper and in the release
         )
     )
     config.loss = ConfigDict(  # as released: no factors, no z-loss

@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
     config.service = service()  # for --model=endpoint:NAME@URL
     config.rows = 32  # prompts at once
     config.window = 256  # items passed to a model at once
+    config.view = ""  # of the images shown: released or pad; empty: as the model was trained
     config.seed = 0  # of the choice of items, of swapping, and of the resampling
     config.resamples = 2_000
     config.mesh = whole.mesh

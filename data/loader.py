@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from medmax_jax.config import ConditionDropout, LossWeights, Run, task_weights
+from medmax_jax.config import ConditionDropout, LossWeights, Run, task_weights, view_text
 from medmax_jax.data.packing import condition_dropout, mixing
 from medmax_jax.data.packing.condition_dropout import trained_tokens
 from medmax_jax.data.packing.pack import Row
@@ -252,6 +252,11 @@ class BatchLoader:
             raise RecordsError(
                 f"{folder}: images have {layout.codes_per_image} codes, but config.vq produces "
                 f"{run.vq.codes_per_image}; prepare the data with this model's VQGAN"
+            )
+        if view_text(layout) != view_text(run.vq) and self.records.index["image"].any():
+            raise RecordsError(
+                f"{folder}: images have {view_text(layout)}, but config.vq has "
+                f"{view_text(run.vq)}; change these, or prepare the data with --view, --answer_view"
             )
         if run.data.batch_size % self._hosts:
             raise RecordsError(

@@ -40,7 +40,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,13 @@ from medmax_jax.data import image_density
 from medmax_jax.data.analysis import check as record_check
 from medmax_jax.data.analysis import provenance, stats
 from medmax_jax.data.image_tokens import dicom, document_codes, store
-from medmax_jax.data.image_tokens.document_codes import Files, OnlineEncoder, StoredCodes
+from medmax_jax.data.image_tokens.document_codes import (
+    Files,
+    OnlineEncoder,
+    StoredCodes,
+    key,
+    of_document,
+)
 from medmax_jax.data.image_tokens.encoder import (
     Encoder,
     ImageView,
@@ -116,15 +122,18 @@ def prepare_sample(
     tokenizer: Tokenizer | None = None,
     sample: str | Path = SAMPLE,
     max_unreadable: float = MAX_UNREADABLE,
-    codes: Path | None = None,
+    codes: Sequence[Path] = (),
     precision: str = "highest",
+    view: str = "",
+    answer_view: str = "",
 ) -> dict[str, Any]:
     """Write one split of the sample as records; return its dataset.json.
 
     `kind`: one of KINDS. `rounds`: wordings of each document, from as many seeds. `vq`,
     `tokenizer`: those of `model_folder`, if they are loaded already. An unreadable image and its
     documents are left out and listed in dataset.json; if more than the share `max_unreadable` of
-    all images is unreadable, the work stops. `codes`, `precision`: see build_source.
+    all images is unreadable, the work stops. `codes`, `precision`, `view`, `answer_view`: see
+    build_source.
     """
     if kind not in KINDS:
         raise PrepareError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
@@ -137,7 +146,9 @@ def prepare_sample(
         raise PrepareError(
             f"the manifest has no image of split {split!r}; use one of {', '.join(SPLITS)}"
         )
-    encoder = load_encoder(model_folder, vq=vq, tokenizer=tokenizer)
+    encoder = load_encoder(
+        model_folder, vq=vq, tokenizer=tokenizer, view=view, answer_view=answer_view
+    )
     texts = _assign_views(_sample_texts(kind, rows, seed, rounds), rows, views, seed)
     notes = dict(maker="sample", split=split, kind=kind, views=views, rounds=rounds, seed=seed)
     code_source = document_codes.open_code_source(codes, encoder, precision)
@@ -163,8 +174,10 @@ def prepare_documents(
     images: str | Path,
     model_folder: str | Path,
     max_unreadable: float = MAX_UNREADABLE,
-    codes: Path | None = None,
+    codes: Sequence[Path] = (),
     precision: str = "highest",
+    view: str = "",
+    answer_view: str = "",
 ) -> dict[str, Any]:
     """Write the documents of a file (jsonl.py) as records; return their dataset.json.
 
@@ -183,7 +196,7 @@ def prepare_documents(
             image_files.find(path)  # before any file is opened
     views = {path: ImageView(path, 0, "", False) for path in names if path}
     texts = [(row, views.get(row["image_path"])) for row in rows]
-    encoder = load_encoder(model_folder)
+    encoder = load_encoder(model_folder, view=view, answer_view=answer_view)
     notes = dict(maker="documents", source=hub.name_of(source))
     code_source = document_codes.open_code_source(codes, encoder, precision)
     with contextlib.ExitStack() as stack:
@@ -265,7 +278,9 @@ def _encode_documents(
 ) -> Iterator[Document]:
     """Yield the documents, and record in `notes` what had to be left out."""
     files = Files(images.open, images.find, images.names.__getitem__)
-    codes, unreadable = code_source([v for _, v in texts if v], files, log_progress=True)
+    layout = encoder.layout
+    shown = [of_document(v, text["text"], text["turns"], layout) for text, v in texts if v]
+    codes, unreadable = code_source(itertools.chain(*shown), files, log_progress=True)
     count = len({v.path for _, v in texts if v})
     if len(unreadable) > max_unreadable * count:
         raise PrepareError(
@@ -285,9 +300,10 @@ def _encode_documents(
     for number, (text, v) in enumerate(texts, start=1):
         if v and v.path in unreadable:
             continue
-        image = codes[v.path, v.number] if v else None
+        places = of_document(v, text["text"], text["turns"], layout) if v else ()
+        image = [codes[key(place)] for place in places] if v else None
         try:
-            tokens = document_ids(encoder.tokenizer, text["text"], image, encoder.layout.vocab)
+            tokens = document_ids(encoder.tokenizer, text["text"], image, layout.vocab)
         except TokenizerError:
             if not images.secret:
                 raise
@@ -296,7 +312,10 @@ def _encode_documents(
             ) from None
         names = ("image_path", "task", "source", "credential", "turns", "group", "id")
         digest = digests[v.path] if v else ""
-        yield Document(tokens=tokens, image_sha256=digest, **{n: text[n] for n in names})
+        yield Document(
+            tokens=tokens, image_sha256=digest, view=layout.view, answer_view=layout.answer_view,
+            **{n: text[n] for n in names},
+        )  # fmt: skip
 
 
 # ---- The program ----
@@ -462,8 +481,7 @@ def _run_sample(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         rounds=args.rounds,
         max_unreadable=args.max_unreadable,
-        codes=args.codes,
-        precision=args.precision,
+        **source_build.code_options(args),
     )
 
 
@@ -474,8 +492,7 @@ def _run_documents(args: argparse.Namespace) -> dict[str, Any]:
         images=args.images,
         model_folder=args.model,
         max_unreadable=args.max_unreadable,
-        codes=args.codes,
-        precision=args.precision,
+        **source_build.code_options(args),
     )
 
 

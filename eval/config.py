@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from medmax_jax.config import Mesh, Sample
+from medmax_jax.config import VIEWS, Mesh, Sample
 from medmax_jax.storage import hub
 
 
@@ -99,6 +99,7 @@ class Settings:
     service: Service
     rows: int
     window: int
+    view: str
     seed: int
     resamples: int
     mesh: Mesh
@@ -109,6 +110,11 @@ class Settings:
             raise EvalError(
                 f"config.shots is {self.shots}; use 0 for none, 1 to {MAX_SHOTS}, or -1 for all "
                 "that a row brings"
+            )
+        if self.view not in ("", *VIEWS):
+            raise EvalError(
+                f"config.view is {self.view!r}; use {' or '.join(VIEWS)}, or an empty text for the "
+                "model's own"
             )
         if self.perturbation not in PERTURBATIONS:
             names = " or ".join(map(repr, PERTURBATIONS))

@@ -90,7 +90,8 @@ class BaselineScores:
 class Summary:
     """Holds everything that an evaluation found, and what computed it.
 
-    floors: the scores of the baselines. baselines: paired comparisons with answers to the same
+    view, trained_view: of the images that a local model was shown, and of those that it was trained
+    on. floors: the scores of the baselines. baselines: paired comparisons with answers to the same
     items, {name, says, scores}. cards: of the user's own tasks. not_run: {task, why}. recorded: how
     many rows of another program's predictions are of items, and why not. image_sets: KID and
     diversity. probes, calibration, verbalized, contamination: {reason, rows, ..} of the stage of
@@ -102,6 +103,8 @@ class Summary:
     scores: tuple[MetricRow, ...]
     adapter: str = ""
     kind: str = ""
+    view: str = "released"
+    trained_view: str = "released"
     fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)

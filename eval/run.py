@@ -73,6 +73,8 @@ def main(config: ConfigDict, workdir: str) -> None:
     if recorded := summary.recorded:
         lines.append(f"{recorded['matched']} answers of a file in the format {recorded['format']}")
         lines += [f"{row['rows']} rows left out: {row['why']}" for row in recorded["rows"]]
+    if summary.view != summary.trained_view:
+        lines.append(f"WARNING: view of the images: {page.view_text(summary)}")
     lines += [f"baseline {floor.name}: {floor.says}" for floor in summary.floors]
     lines.append("")
     for baseline in summary.baselines:

@@ -11,17 +11,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import types
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from medmax_jax.arguments import nearest
-from medmax_jax.io.errors import FileError, printable, quoted
-
-
-class ConfigError(FileError):
-    """Raised for an unusable config; the message gives the field, the value and the fix."""
+from medmax_jax import config_fields
+from medmax_jax.config_fields import ConfigError, merge
+from medmax_jax.io.errors import quoted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +58,8 @@ class VQ:
     embed_dim: int
     num_codes: int  # rows of the codebook
     norm_groups: int  # of every GroupNorm; 32 in every released VQGAN
+    view: str  # released | pad: of images in prompts: cropped to the center square, or padded
+    answer_view: str  # released | pad: of images that are trained as answers
 
     @property
     def downsampling(self) -> int:
@@ -219,6 +217,7 @@ class Stage:
     mixing: Mixing
     condition_dropout: ConditionDropout
     loss_weights: LossWeights
+    view: str  # as vq.view, which the records of all stages have: stated only to be checked
     trains: str  # "q_proj, mlp": parameters with such a part in their name; empty: all that train
 
 
@@ -238,6 +237,7 @@ class Run:
     stages: tuple[Stage, ...]  # in sequence; none: the settings above from first to last step
 
 
+VIEWS = ("released", "pad")  # of an image, see models/images.py
 CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
@@ -248,6 +248,8 @@ CHOICES = {
     "mixing.by": ("source", "task"),
     "mixing.unit": ("documents", "tokens"),
     "optim.schedule": ("run", "stage"),
+    "vq.view": VIEWS,
+    "vq.answer_view": VIEWS,
     "sample.budget": ("answer", "segment"),
     "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
@@ -296,10 +298,14 @@ ADDED = {
     "train.fisher_every": 0,
     "optim.schedule": "run",
     "run.stages": [],
+    "vq.view": "released",
+    "vq.answer_view": "released",
+    "layout.view": "released",  # of records
+    "layout.answer_view": "released",
+    "settings.view": "",  # of an evaluation
 }
+RULES = config_fields.Rules(bounds=BOUNDS, added=ADDED)
 MAX_POSITIONS = 1 << 24  # RoPE computes in fp32, which has no odd numbers beyond
-MAX_LIST = 8  # entries of a list of numbers; the levels of a VQGAN
-MAX_STAGES = 64
 STAGE_SEED = 1 << 20  # added to data.seed for each stage, so that no two have the same order
 
 
@@ -308,7 +314,13 @@ def build(cls: type, config: Any) -> Any:
 
     Raises ConfigError on unknown, missing and mistyped fields, and on numbers outside BOUNDS.
     """
-    return _build(cls, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    return config_fields.build(cls, values, "config", RULES)
+
+
+def check_bounds(name: str, value: Any, where: str) -> None:
+    """Raise ConfigError unless `value` is within BOUNDS[name]; `where` appears in the message."""
+    config_fields.check_bounds(BOUNDS[name], value, where)
 
 
 def from_config_dict(config: ConfigDict | dict[str, Any]) -> Run:
@@ -320,11 +332,13 @@ def from_config_dict(config: ConfigDict | dict[str, Any]) -> Run:
         "mixing": dataclasses.asdict(run.mixing),
         "condition_dropout": dataclasses.asdict(run.data.condition_dropout),
         "loss_weights": dataclasses.asdict(run.loss.weights),
+        "view": run.vq.view,
         "trains": "",
     }
     if isinstance(stages, (list, tuple)):
-        stages = [_merged(own, stage) for stage in stages]
-    run = dataclasses.replace(run, stages=_value(tuple[Stage, ...], stages, "config.stages"))
+        stages = [merge(own, stage) for stage in stages]
+    stages = config_fields.convert(tuple[Stage, ...], stages, "config.stages", RULES)
+    run = dataclasses.replace(run, stages=stages)
     check(run)
     return run
 
@@ -394,6 +408,31 @@ def check_vq(vq: VQ) -> None:
     _rule(vq.channels % vq.norm_groups == 0, "vq.channels", vq.channels, requirement)
     requirement = f"a multiple of {vq.downsampling}"
     _rule(vq.image_size % vq.downsampling == 0, "vq.image_size", vq.image_size, requirement)
+    for name in ("vq.view", "vq.answer_view"):
+        value = getattr(vq, name.split(".")[1])
+        _rule(value in CHOICES[name], name, value, f"one of {', '.join(CHOICES[name])}")
+
+
+def with_views_of(vq: VQ, run: Any) -> VQ:
+    """Return `vq` with the views of a run's config as JSON has it, where that states any."""
+    stated = run.get("vq") if isinstance(run, dict) else None
+    names = {"view", "answer_view"} & set(stated) if isinstance(stated, dict) else ()
+    return dataclasses.replace(vq, **{name: stated[name] for name in names})
+
+
+def view_text(settings: Any) -> str:
+    """Return the views of a VQ, or of the layout of records: "view pad, answer_view released"."""
+    return f"view {settings.view}, answer_view {settings.answer_view}"
+
+
+def view_warning(model: str, trained: VQ, used: VQ) -> str:
+    """Return a warning if a model is used with other views than it was trained on, else ""."""
+    if (trained.view, trained.answer_view) == (used.view, used.answer_view):
+        return ""
+    return (
+        f"WARNING: {model} was trained on images with {view_text(trained)}, but is used with "
+        f"{view_text(used)}: it reads other pixels than it has learned, and may answer worse"
+    )
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -405,94 +444,6 @@ def fingerprint(settings: Any) -> str:
     """Return twelve hex digits that change when any field changes."""
     canonical = json.dumps(dataclasses.asdict(settings), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{where} is {quoted(values)}; it must be a section with the fields {_names(cls)}"
-        )
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(map(str, set(values) - set(fields))):
-        name = printable(unknown[0], 80)
-        near = nearest(name, fields)
-        hint = f"did you mean {where}.{near}? The" if near else "the"
-        raise ConfigError(f"{where}.{name} is not a field; {hint} fields are {_names(cls)}")
-    section = cls.__name__.lower()
-    values = {n: ADDED[f"{section}.{n}"] for n in fields if f"{section}.{n}" in ADDED} | values
-    if missing := sorted(set(fields) - set(values)):
-        raise ConfigError(
-            f"{where}.{missing[0]} is missing; set it (configs/base.py lists all fields)"
-        )
-    return cls(**{n: _field(cls, f, values[n], f"{where}.{n}") for n, f in fields.items()})
-
-
-def _field(cls: type, field: dataclasses.Field, value: Any, where: str) -> Any:
-    value = _value(field.type, value, where)
-    name = f"{cls.__name__.lower()}.{field.name}"
-    if name in BOUNDS:
-        for number in value if isinstance(value, tuple) else (value,):
-            check_bounds(name, number, where)
-    return value
-
-
-def check_bounds(name: str, value: Any, where: str) -> None:
-    """Raise ConfigError unless `value` is within BOUNDS[name]; `where` appears in the message.
-
-    An integer is required where the bounds are integers. NaN is outside all bounds.
-    """
-    low, high = BOUNDS[name]
-    types_allowed = (int,) if type(low) is int else (int, float)
-    if type(value) not in types_allowed:
-        kind = "an integer" if type(low) is int else "a number"
-        raise ConfigError(f"{where} is {quoted(value)}; it must be {kind}")
-    if not low <= value <= high:
-        allowed = "above 0" if low == 1 and value < low else f"in {low}..{high}"
-        raise ConfigError(f"{where} is {quoted(value)}; it must be {allowed}")
-
-
-def _merged(own: Any, given: Any) -> Any:
-    """Return `own` with the values of `given`, of nested sections too; anything else unchanged."""
-    if not isinstance(own, dict) or not isinstance(given, dict):
-        return given
-    return own | {name: _merged(own.get(name), value) for name, value in given.items()}
-
-
-def _names(cls: type) -> str:
-    return ", ".join(f.name for f in dataclasses.fields(cls))
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)
-    if isinstance(kind, types.UnionType):  # X | None
-        return None if value is None else _value(kind.__args__[0], value, where)
-    if kind == tuple[Stage, ...]:
-        if not isinstance(value, (list, tuple)) or len(value) > MAX_STAGES:
-            requirement = f"a list of at most {MAX_STAGES} sections"
-            raise ConfigError(f"{where} is {quoted(value)}; it must be {requirement}")
-        return tuple(_value(Stage, stage, f"{where}[{n}]") for n, stage in enumerate(value))
-    if kind == tuple[str, ...]:  # a list, or its names separated by commas
-        names = [v for v in value.split(",") if v] if isinstance(value, str) else value
-        if not isinstance(names, (list, tuple)) or not all(type(v) is str for v in names):
-            raise ConfigError(f"{where} is {quoted(value)}; it must be names separated by commas")
-        return tuple(names)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise ConfigError(f"{where} is {quoted(value)}; it must be a smaller number") from error
-    if kind == tuple[int, ...]:
-        if not isinstance(value, (list, tuple)) or not all(type(v) is int for v in value):
-            raise ConfigError(f"{where} is {quoted(value)}; it must be a list of integers")
-        if not 0 < len(value) <= MAX_LIST:
-            raise ConfigError(f"{where} has {len(value)} entries; it must have 1 to {MAX_LIST}")
-        return tuple(value)
-    if type(value) is not kind:
-        raise ConfigError(
-            f"{where} is {quoted(value)} ({type(value).__name__}); it must be {kind.__name__}"
-        )
-    return value
 
 
 def _check_sizes(run: Run) -> None:
@@ -547,6 +498,8 @@ def _check_sizes(run: Run) -> None:
 def _check_stages(run: Run) -> None:
     for number, stage in enumerate(run.stages):
         _rule(stage.steps > 0, f"stages[{number}].steps", stage.steps, "above 0")
+        requirement = f"{run.vq.view}, as vq.view: the records of a run have one view"
+        _rule(stage.view == run.vq.view, f"stages[{number}].view", stage.view, requirement)
         try:
             check(run_of_stage(run, number))
         except ConfigError as error:

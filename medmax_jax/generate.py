@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from medmax_jax import cli, make_callable, sharding
 from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.manager import SHARE_TIMEOUT, barrier, first_host_first
-from medmax_jax.config import Mesh, Sample, build, to_dict
+from medmax_jax.config import VIEWS, Mesh, Sample, build, to_dict
 from medmax_jax.configs import base
 from medmax_jax.generation import api, buckets, grammar, output_files, sampling_params
 from medmax_jax.generation import requests as prompt_requests
@@ -74,6 +74,7 @@ def generate(
     end_of_turn: bool = True,
     rows: int = 32,
     cache: str = "model",
+    view: str = "",
 ) -> list[Answer]:
     """Answer every prompt, as the program does; the answers that `out` already has are kept.
 
@@ -89,6 +90,7 @@ def generate(
         end_of_turn: end the prompt as MedMax's fine-tuning does.
         rows: the number of answers to generate at a time.
         cache: the KV-cache dtype, "model" or "int8".
+        view: of the images, "released" or "pad"; "": the one that the model was trained on.
     """
     cli.skip_absent_tpu()
     settings = settings or base.get_config()
@@ -101,7 +103,9 @@ def generate(
     request |= dict(model=hub.pinned(os.fspath(model)), adapter=hub.pinned(os.fspath(adapter)))
     with cli.open_workdir(out, "--out", own="request.json", shared=True) as work:
         with report_waiting("loading the model", print):
-            g = load(model, adapter=adapter or None, mesh=mesh, merge=merge)
+            g = load(model, adapter=adapter or None, mesh=mesh, merge=merge, view=view)
+        if g.vq_config.view != "released":  # older requests do not state it
+            request["view"] = g.vq_config.view
         tokens = prompt_tokens(g, [p.parts for p in asked], end_of_turn=end_of_turn)
         prompt_requests.make_requests(
             tokens, sample, g.vocab, mode=mode, names=None, codes=g.vq_config.codes_per_image,
@@ -211,6 +215,7 @@ def _flags() -> None:
         kv_cache.CACHE_DTYPES,
         'KV-cache dtype: the compute dtype ("model") or int8',
     )
+    flags.DEFINE_enum("view", "", ("", *VIEWS), "view of the images; empty: the model's own")
 
 
 def main(settings: ConfigDict, out: str) -> None:
@@ -220,7 +225,7 @@ def main(settings: ConfigDict, out: str) -> None:
     generate(
         FLAGS.model, FLAGS.prompts or FLAGS.prompt, out, images=FLAGS.image, adapter=FLAGS.adapter,
         mode=FLAGS.mode, settings=settings, merge=FLAGS.merge, end_of_turn=FLAGS.end_of_turn,
-        rows=FLAGS.rows, cache=FLAGS.cache,
+        rows=FLAGS.rows, cache=FLAGS.cache, view=FLAGS.view,
     )  # fmt: skip
 
 

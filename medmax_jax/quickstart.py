@@ -163,8 +163,9 @@ def _tokenize(settings: Quickstart, workdir: Path, tiny: Path) -> str:
                 )
         else:
             meta = prepare.prepare_sample(
-                folder, model_folder=tiny, split=split, kind="instruction", views=views, seed=seed
-            )
+                folder, model_folder=tiny, split=split, kind="instruction", views=views, seed=seed,
+                view=settings.run.vq.view, answer_view=settings.run.vq.answer_view,
+            )  # fmt: skip
         summaries.append(f"{split}: {meta['documents']} documents, {meta['tokens']} tokens")
     return "; ".join(summaries)
 
@@ -192,7 +193,10 @@ def _evaluate(
             progress = stop.progress(log.info)
             with report_waiting("loading the model, encoding the training images", log.info):
                 # merged: the programs that "evaluate before" compiled run this model too
-                g = model_bundle.load(tiny, adapter=tuned, mesh=mesh, merge=tuned is not None)
+                g = model_bundle.load(
+                    tiny, adapter=tuned, mesh=mesh, merge=tuned is not None,
+                    view=settings.run.vq.view,
+                )  # fmt: skip
                 centroids = centroids or modality.centroids(
                     g, eval_set.training_images, images_folder=eval_set.folder
                 )

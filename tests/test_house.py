@@ -40,7 +40,8 @@ CORE = (
 )
 # medmax_jax.train reaches these and no other.
 TRAINING_REACHES = (
-    *("config", "sharding", "flops", "cli", "arguments", "environment", "models", "training"),
+    *("config", "config_fields", "sharding", "flops", "cli", "arguments", "environment"),
+    *("models", "training"),
     *("checkpoints", "io", "storage"),
     "endpoints",  # the guard of data that W&B would receive
     *("generation", "configs", "data.loader", "data.packing", "data.records", "data.mixture"),

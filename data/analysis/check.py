@@ -274,7 +274,8 @@ def encoder_matches(records: Records, model: Path | None, tiny: Path) -> bool:
 
 def resolve_encoder(records: Records, model: Path) -> Encoder:
     """Return the VQGAN of a model folder; raise PrepareError unless it made the records' codes."""
-    encoder, layout = load_encoder(model), records.layout
+    layout = records.layout
+    encoder = load_encoder(model, view=layout.view, answer_view=layout.answer_view)
     same_size = encoder.layout.codes_per_image == layout.codes_per_image
     if not same_size or layout.vqgan not in ("", encoder.layout.vqgan):
         raise PrepareError(

@@ -99,7 +99,7 @@ def _with_codes(items: list[EvalItem], folder: Path | None, encoder: Encoder) ->
         files = [folder / path for path in paths]
         codes = dict(zip(paths, near_duplicates.encode_files(encoder, files), strict=True))
     return [
-        dataclasses.replace(i, codes=(codes[i.path],)) if not i.codes and i.path in codes else i
+        dataclasses.replace(i, codes=codes[i.path]) if not i.codes and i.path in codes else i
         for i in items
     ]
 

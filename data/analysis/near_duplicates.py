@@ -259,13 +259,18 @@ def decode_codes(
         yield from np.asarray(vqgan.to_uint8(pixels))[: len(batch)]
 
 
-def encode_files(encoder: Encoder, paths: Iterable[Path]) -> Iterator[Int[np.ndarray, "K"]]:
-    """Yield the codes of image files, as they are in the records."""
-    paths, size = iter(paths), encoder.vq_config.image_size
+def encode_files(
+    encoder: Encoder, paths: Iterable[Path]
+) -> Iterator[tuple[Int[np.ndarray, "K"], ...]]:
+    """Yield the codes of image files as they are in records: in each view of its layout."""
+    paths, vq = iter(paths), encoder.vq_config
+    views = dict.fromkeys((vq.view, vq.answer_view))
     while batch := list(itertools.islice(paths, BATCH)):
-        pixels = [
-            images.preprocess(images.load(p, max_pixels=images.MAX_PIXELS), size) for p in batch
-        ]
-        full = np.stack([*pixels, *pixels[:1] * (BATCH - len(pixels))])
-        codes = np.asarray(vqgan.encode(encoder.vq, full)).reshape(BATCH, -1)
-        yield from codes[: len(batch)]
+        loaded = [images.load(path, max_pixels=images.MAX_PIXELS) for path in batch]
+        by_view = []
+        for view in views:
+            pixels = [images.preprocess(image, vq.image_size, view) for image in loaded]
+            full = np.stack([*pixels, *pixels[:1] * (BATCH - len(pixels))])
+            codes = np.asarray(vqgan.encode(encoder.vq, full)).reshape(BATCH, -1)
+            by_view.append(codes[: len(batch)])
+        yield from zip(*by_view, strict=True)

@@ -20,7 +20,8 @@ import PIL.Image
 from jaxtyping import Int
 
 from medmax_jax import arguments
-from medmax_jax.data.analysis import check, near_duplicates, stats_plots
+from medmax_jax.config import view_text
+from medmax_jax.data.analysis import area_lost, check, near_duplicates, stats_plots
 from medmax_jax.data.analysis.scan import images_of
 from medmax_jax.data.image_tokens.encoder import Encoder, PrepareError
 from medmax_jax.data.packing import report
@@ -54,6 +55,7 @@ DEFINITIONS = {
     "fill of best fit over all documents": "the same, if all documents were placed at once by best "
     "fit decreasing; higher is better",
 }
+LOST = ("prompts", "answers", "largest")  # columns of area_lost.py
 _EXAMPLES = 1 << 42  # a stream of shuffles
 
 
@@ -94,6 +96,7 @@ def build(
     by_image = counts["by_picture"]
     if _image_count(counts):
         body += html_page.section("Images", _images(records, by_image, manifest))
+        body += _area_lost(counts)
     body += html_page.section("Examples", _examples(records, tokenizer, encoder, count, show, seed))
     return html_page.document(f"Records in {records.folder.name}", body)
 
@@ -234,6 +237,30 @@ def _images(records: Records, by_image: dict[str, Any], manifest: Path | None) -
     return body + html_page.paragraph(note, note=True) + table
 
 
+def _area_lost(counts: dict[str, Any]) -> str:
+    """Return the section about what the views do not show; "" if it was not measured."""
+    tables = [(n, t) for n, t in counts.items() if n.startswith("area_lost_by_")]
+    if not tables:
+        return ""
+    body = html_page.paragraph(
+        f"{counts['views']}. Shares of the area of images that are not shown, as means over the "
+        f"images in prompts and in answers, and the largest; {counts['unreadable_images']:,} files "
+        "could not be read.",
+        note=True,
+    )
+    for name, rows in tables:
+        cells = [
+            (label, f"{row['images']:,}", *(_percent(row[n]) for n in LOST))
+            for label, row in rows.items()
+        ]
+        body += html_page.table([name.removeprefix("area_lost_by_"), "images", *LOST], cells)
+    return html_page.section("Area lost", body)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
 def _modalities(records: Records, manifest: Path) -> dict[str, int]:
     modality_of = {row["file"]: row["modality"] for row in read_manifest(manifest)}
     numbers, first = np.unique(records.index["image_path"], return_index=True)
@@ -337,6 +364,9 @@ def add(commands: Any, tiny: Path, manifest: Path) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the examples and of packing")
     parser.add_argument(
+        "--images", type=Path, help="folder of the images: also report what their views do not show"
+    )
+    parser.add_argument(
         "--show_credentialed", action="store_true",
         help="show images and text of a credentialed folder, on a page that only you can read",
     )  # fmt: skip
@@ -349,6 +379,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     if args.examples < 0:
         raise PrepareError(f"--examples is {args.examples}; it must be 0 or more")
     counts = report.stats(args.folder, seq_len=args.seq_len or records.meta["longest"])
+    counts["views"] = view_text(records.layout)
+    counts |= _measure_area_lost(records, args.images, args.manifest)
     if args.out is None:
         return counts
     if not args.out.parent.is_dir():
@@ -368,3 +400,16 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     )
     write(args.out, markup, secret=secret)
     return counts | dict(page=str(args.out))
+
+
+def _measure_area_lost(records: Records, folder: Path | None, manifest: Path) -> dict[str, Any]:
+    """Return the tables of area_lost.py; {} without a folder, except for the embedded sample."""
+    sample = manifest.parent
+    if folder is None and records.meta["notes"].get("maker") == "sample":
+        folder = sample
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise PrepareError(f"--images {folder}: no such folder; set it to that of the images")
+    rows = read_manifest(manifest) if folder.resolve() == sample.resolve() else []
+    return area_lost.area_lost(records, folder, {row["file"]: row["modality"] for row in rows})

@@ -1,7 +1,8 @@
-"""Load the encoder of a model folder, the views of images, and image files as pixels.
+"""Load the encoder of a model folder, the variants of images, and image files as pixels.
 
-A view other than 0 is the image slightly cropped, brightened or darkened. No view is mirrored or
-rotated: left, right and orientation are facts that texts refer to.
+A variant other than number 0 is the image slightly cropped, brightened or darkened. None is
+mirrored or rotated: left, right and orientation are facts that texts refer to. Of every variant the
+VQGAN reads the square that the view of models/images.py shows.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ log = logging.getLogger("medmax_jax.prepare")
 BATCH = 16  # images that a device encodes at once, by default
 LOG_SECONDS = 5.0
 ENCODING = "encoding images; the first batch includes the compilation"  # logged during long waits
-MIN_CROP_AREA = 0.5  # of the center square: smaller crops lose what texts describe
+MIN_CROP_AREA = 0.5  # of what the view shows: smaller crops lose what texts describe
 JITTER = 0.2  # contrast 0.8 .. 1.2 and brightness -0.2 .. 0.2 of the range -1 .. 1
 
 
@@ -49,23 +50,34 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class ImageView:
-    """One view of an image: number 0 is the image itself, others are changed slightly."""
+    """One variant of an image: number 0 is the image itself, others are changed slightly."""
 
     path: str
     number: int
     seed: str
     crop: bool
+    view: str = "released"  # of models/images.py
 
 
 def load_encoder(
-    folder: str | Path, *, vq: Any = None, tokenizer: Tokenizer | None = None
+    folder: str | Path,
+    *,
+    vq: Any = None,
+    tokenizer: Tokenizer | None = None,
+    view: str = "",
+    answer_view: str = "",
 ) -> Encoder:
-    """Load tokenizer and VQGAN of a model folder; the language model in it is not read."""
+    """Load tokenizer and VQGAN of a model folder; the language model in it is not read.
+
+    `view`, `answer_view`: of images in prompts and in answers; empty: those of the model.
+    """
     folder = export.local_copy(folder)
     path = folder / "config.json"
     try:
         raw = read_json_object(path)
         vocab, vq_config = build(Vocab, raw["vocab"]), build(VQ, raw["vq"])
+        views = dict(view=view or vq_config.view, answer_view=answer_view or vq_config.answer_view)
+        vq_config = dataclasses.replace(vq_config, **views)
         check_vq(vq_config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PrepareError(
@@ -79,6 +91,7 @@ def load_encoder(
         codes_per_image=vq_config.codes_per_image,
         tokenizer=tokenizer.fingerprint,
         vqgan=file_sha256(file),
+        **views,
     )
     return Encoder(layout=layout, vq_config=vq_config, vq=vq, tokenizer=tokenizer)
 
@@ -86,17 +99,21 @@ def load_encoder(
 def load_pixels(
     image: PIL.Image.Image, view: ImageView, config: VQ
 ) -> Float32[np.ndarray, "h w 3"]:
-    """Return pixels: view 0 is plain preprocessing, others depend on the view's seed only."""
+    """Return pixels: number 0 is plain preprocessing, others depend on the seed only."""
     if view.number == 0:
-        return images.preprocess(image, config.image_size)
+        return images.preprocess(image, config.image_size, view.view)
     draw = random.Random(view.seed)  # seeded by a string: the same in every process and version
     if view.crop:
-        side = min(image.size)
-        size = max(1, round(side * draw.uniform(MIN_CROP_AREA, 1.0) ** 0.5))
-        left, top = ((n - side) // 2 + draw.randint(0, side - size) for n in image.size)
-        image = image.crop((left, top, left + size, top + size))
+        shown = image.size if view.view == "pad" else 2 * (min(image.size),)
+        share = draw.uniform(MIN_CROP_AREA, 1.0) ** 0.5
+        width, height = (max(1, round(n * share)) for n in shown)
+        left, top = (
+            (n - whole) // 2 + draw.randint(0, whole - part)
+            for n, whole, part in zip(image.size, shown, (width, height), strict=True)
+        )
+        image = image.crop((left, top, left + width, top + height))
     contrast, brightness = draw.uniform(1 - JITTER, 1 + JITTER), draw.uniform(-JITTER, JITTER)
-    pixels = images.preprocess(image, config.image_size) * contrast + brightness
+    pixels = images.preprocess(image, config.image_size, view.view) * contrast + brightness
     return np.clip(pixels, -1, 1).astype(np.float32)
 
 

@@ -39,6 +39,7 @@ from array_record.python import array_record_module
 from jaxtyping import UInt8
 
 from medmax_jax import arguments
+from medmax_jax.config import VIEWS
 from medmax_jax.data.image_tokens import dicom
 from medmax_jax.data.image_tokens.batch_encoder import PRECISIONS, BatchEncoder
 from medmax_jax.data.image_tokens.encoder import (
@@ -51,7 +52,12 @@ from medmax_jax.data.image_tokens.encoder import (
     log,
     open_image,
 )
-from medmax_jax.data.image_tokens.store_reader import digest_of, shard_file, to_bytes
+from medmax_jax.data.image_tokens.store_reader import (
+    digest_of,
+    shard_file,
+    to_bytes,
+    view_of,
+)
 from medmax_jax.data.records.document import pseudonym
 from medmax_jax.data.records.row_streams import json_lines
 from medmax_jax.endpoints import egress
@@ -80,6 +86,7 @@ class Plan:
     count: int  # of the list
     vqgan: str  # sha256 of the weights
     codes_per_image: int
+    view: str  # released | pad, see models/images.py; a plan without it has the first
     precision: str  # highest | bfloat16
     shard_size: int  # images
     batch: int  # of one device
@@ -105,6 +112,8 @@ def tokenize(
 ) -> dict[str, Any]:
     """Compute the codes of the images `folder`/path; return dataset.json when all are done.
 
+    The images have the view of prompts that `encoder` states.
+
     `batch`: images that a device encodes at once; the plan contains it, since codes depend on it
     slightly (batch_encoder.py). If more than the share `max_bad` of images cannot be read, the work
     stops. `credentialed`, `burned_in`: see Plan. Raises PrepareError. The same call resumes where
@@ -129,8 +138,8 @@ def tokenize(
     plan = Plan(
         pictures=hashlib.sha256("\n".join(paths).encode()).hexdigest(), count=len(paths),
         vqgan=encoder.layout.vqgan, codes_per_image=encoder.layout.codes_per_image,
-        precision=precision, shard_size=shard_size, batch=batch, credentialed=credentialed,
-        burned_in=burned_in,
+        view=encoder.layout.view, precision=precision, shard_size=shard_size, batch=batch,
+        credentialed=credentialed, burned_in=burned_in,
     )  # fmt: skip
     work = _TokenizeJob(Path(out), plan, paths, Path(folder), max_bad, encoder.vq_config.image_size)
     headers = credentialed or any(path.lower().endswith(".dcm") for path in paths)
@@ -170,6 +179,7 @@ class _TokenizeJob:
         if not (self.out / "plan.json").exists():
             _write(self.out / "plan.json", json.dumps(plan, indent=1).encode())
         stored = _read(self.out / "plan.json")
+        stored["view"] = view_of(stored)
         for name, value in plan.items():
             if stored.get(name) != value:
                 found = f"{name} {stored.get(name)!r}, not with {value!r}"
@@ -296,7 +306,7 @@ class _TokenizeJob:
             self._file(path), name=name, burned_in=self.plan.burned_in,
             secret=self.plan.credentialed,
         )  # fmt: skip
-        return images.preprocess(image, self.size)
+        return images.preprocess(image, self.size, self.plan.view)
 
     def check(self) -> None:
         """Raise PrepareError if too many images so far could not be read."""
@@ -413,6 +423,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="highest", help="precision of the encoder"
     )
+    parser.add_argument(
+        "--view", choices=VIEWS, default="", help="view of the images; default: the model's"
+    )
     parser.add_argument("--shard_size", type=int, default=SLICE, help="images per shard")
     parser.add_argument("--batch", type=int, default=BATCH, help="images per batch and device")
     parser.add_argument(
@@ -440,7 +453,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         args.out,
         paths,
         folder=args.images,
-        encoder=load_encoder(args.model),
+        encoder=load_encoder(args.model, view=args.view),
         precision=args.precision,
         shard_size=args.shard_size,
         batch=args.batch,

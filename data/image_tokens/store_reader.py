@@ -100,6 +100,11 @@ class CodeStore:
         return self._readers[shard]
 
 
+def view_of(plan: dict[str, Any]) -> str:
+    """Return the view of a folder's images; older plans do not state it and have the release's."""
+    return str(plan.get("view", "released"))
+
+
 def shard_file(path: Path) -> tuple[Path, dict[str, Any]]:
     """Return (the file of a shard, its JSON); raise PrepareError on corruption."""
     try:

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 from jaxtyping import Bool, Int
 
-from medmax_jax.config import Vocab
+from medmax_jax.config import Vocab, view_text
 from medmax_jax.io.text_files import parse_object
 from medmax_jax.models.vocab import (
     BOI,
@@ -45,7 +45,10 @@ class RecordsError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Document:
-    """One training document. `turns`: user turns, 0 unknown. `group`: patient or volume."""
+    """One training document. `turns`: user turns, 0 unknown. `group`: patient or volume.
+
+    `view`, `answer_view`: of its images in prompts and in answers, see Layout.
+    """
 
     tokens: np.ndarray  # int32 [T], BOS first, EOS last
     image_path: str
@@ -56,16 +59,24 @@ class Document:
     group: str
     id: str
     image_sha256: str = ""  # of the image file; empty if the file was not available
+    view: str = "released"
+    answer_view: str = "released"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The meaning of a folder's ids. `tokenizer`, `vqgan`: sha256 of the files that made them."""
+    """The meaning of a folder's ids. `tokenizer`, `vqgan`: sha256 of the files that made them.
+
+    `view`: of the images in prompts, cropped or padded (models/images.py). `answer_view`: of those
+    that are trained as answers, which are all images of a document without SEP.
+    """
 
     vocab: Vocab
     codes_per_image: int
     tokenizer: str
     vqgan: str
+    view: str = "released"
+    answer_view: str = "released"
 
 
 def loss_mask(tokens: Int[np.ndarray, "T"], mode: str, turns: int) -> Bool[np.ndarray, "T"]:
@@ -116,6 +127,7 @@ def check_document(document: Document, layout: Layout, *, name: str = "") -> Non
             "ids",
         )
     _check_images(t, layout, where)
+    _check_views(document, layout, where)
     seps = int((t == SEP).sum())
     if document.turns and seps != 2 * document.turns - 1:
         raise RecordsError(
@@ -162,6 +174,16 @@ def _check_images(t: np.ndarray, layout: Layout, where: str) -> None:
         raise RecordsError(
             f"{where}: image token {unused[0]} is outside the codebook of "
             f"{layout.vocab.image_codes} codes; encode with the VQGAN of this vocabulary",
+            "image",
+        )
+
+
+def _check_views(document: Document, layout: Layout, where: str) -> None:
+    """Raise RecordsError on an image in another view than the folder's; others would be mixed."""
+    if view_text(document) != view_text(layout) and (document.tokens == BOI).any():
+        raise RecordsError(
+            f"{where}: its images have {view_text(document)}, but those of the folder have "
+            f"{view_text(layout)}; create all of them with the same views",
             "image",
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from medmax_jax.config import ConfigError, build
+from medmax_jax.config import VIEWS, ConfigError, build
 from medmax_jax.data.records.document import (
     COLUMNS,
     LABELS,
@@ -153,7 +153,11 @@ def _wrong_field(meta: dict[str, Any]) -> str:
 
 def _layout(meta: dict[str, Any], folder: Path) -> Layout:
     try:
-        return build(Layout, meta["layout"])
+        layout = build(Layout, meta["layout"])
+        for name in ("view", "answer_view"):
+            if (view := getattr(layout, name)) not in VIEWS:
+                raise ConfigError(f"{name} is {view!r}, not one of {', '.join(VIEWS)}")
+        return layout
     except (ConfigError, KeyError) as error:
         raise RecordsError(
             f"{folder / META}: field layout is missing or invalid ({printable(error)}); build the "

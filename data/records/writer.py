@@ -48,6 +48,7 @@ __all__ = [
     "to_bytes",
     "write",
 ]
+_UNWRITTEN = dict(image_sha256="", view="released", answer_view="released")
 _OPTIONS = "group_size:1,zstd:3"  # group_size 1: the only one with fast random access
 
 
@@ -140,13 +141,14 @@ def token_counts(document: Document, vocab: Vocab) -> list[int]:
 def to_bytes(document: Document) -> bytes:
     """Return one self-describing record: magic, CRC-32, JSON header, token ids (see `from_bytes`).
 
-    An unknown field is left out, so that records written before the field existed keep the same
-    bytes, and the folder keeps its fingerprint.
+    An unknown hash and the released view are left out, so that records written before the fields
+    existed keep the same bytes, and the folder keeps its fingerprint.
     """
     dtype = "<u2" if document.tokens.max() < 2**16 else "<i4"
     fields = {f.name: getattr(document, f.name) for f in dataclasses.fields(document)}
-    if not document.image_sha256:
-        del fields["image_sha256"]
+    for name, value in _UNWRITTEN.items():
+        if fields[name] == value:
+            del fields[name]
     header = json.dumps(fields | {"tokens": dtype}, ensure_ascii=False).encode()
     body = header + document.tokens.astype(dtype).tobytes()
     size = struct.pack("<I", len(header))

@@ -17,7 +17,7 @@ import hashlib
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ import numpy as np
 import PIL.Image
 
 from medmax_jax import arguments
+from medmax_jax.config import VIEWS
 from medmax_jax.data.image_tokens import dicom, document_codes
 from medmax_jax.data.image_tokens.batch_encoder import PRECISIONS
-from medmax_jax.data.image_tokens.document_codes import Files
+from medmax_jax.data.image_tokens.document_codes import Files, key, of_document
 from medmax_jax.data.image_tokens.encoder import (
     LOG_SECONDS,
     Encoder,
@@ -40,7 +41,7 @@ from medmax_jax.data.image_tokens.encoder import (
 from medmax_jax.data.image_tokens.store_reader import digest_of
 from medmax_jax.data.mixture import BY_NAME, CAPTION_SHARE, CREDENTIALED, Source, compare
 from medmax_jax.data.records import writer
-from medmax_jax.data.records.document import Document
+from medmax_jax.data.records.document import Document, Layout
 from medmax_jax.data.sources import captions, conversations, reports, vqa
 from medmax_jax.data.sources.row import SPLITS, Plan, RejectedRow, Row
 from medmax_jax.io.progress import ItemProgress
@@ -51,6 +52,7 @@ from medmax_jax.storage.atomic_folder import private_folder
 
 LABEL = "not the released subset"
 SHARD_SIZE = 4_096  # documents, as in the sample
+CodeKey = tuple[str, int, str]
 Coded = tuple[np.ndarray, str]  # codes of an image, SHA-256 of its file
 CHUNK = 64  # rows read ahead, with their images
 CACHE = 4_096  # images whose codes are kept: questions about one image are adjacent
@@ -85,15 +87,18 @@ def build_source(
     caption_share: float = CAPTION_SHARE,
     max_bad: float = MAX_BAD,
     burned_in: bool = False,
-    codes: Path | None = None,
+    codes: Sequence[Path] = (),
     precision: str = "highest",
+    view: str = "",
+    answer_view: str = "",
     vq: Any = None,
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Write a split of `source`, as published in `folder`, as records; return dataset.json.
 
-    `sample`: the number of documents, drawn by `seed`; None: all. `codes`: a folder of `tokenize`
-    with the images' codes; without it, they are encoded here, at `precision`. If more than the
+    `sample`: the number of documents, drawn by `seed`; None: all. `codes`: folders of `tokenize`
+    with the images' codes, one of each view; without any, they are encoded here, at `precision`.
+    `view`, `answer_view`: of images in prompts and in answers; empty: the model's. If more than the
     share `max_bad` of rows is malformed or of images is unreadable, the work stops before anything
     is written.
     """
@@ -110,7 +115,9 @@ def build_source(
         )
     plan = Plan(source=source, split=split, seed=seed, caption_share=caption_share)
     work = _Work(plan, Path(folder), BY_NAME[source], max_bad, burned_in)
-    encoder = load_encoder(model_folder, vq=vq, tokenizer=tokenizer)
+    encoder = load_encoder(
+        model_folder, vq=vq, tokenizer=tokenizer, view=view, answer_view=answer_view
+    )
     code_source = document_codes.open_code_source(codes, encoder, precision)
     if codes and work.secret:
         code_source.check_credentialed(burned_in=burned_in)
@@ -166,13 +173,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_code_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that select the source of image codes."""
+    """Add the flags that select the source of image codes, and the view of the images."""
     parser.add_argument(
-        "--codes", type=Path, help="folder written by `tokenize`; default: images are encoded here"
-    )
+        "--codes", type=Path, nargs="+", default=[], metavar="FOLDER",
+        help="folders written by `tokenize`, one of each view; default: images are encoded here",
+    )  # fmt: skip
+    for name, where in (("--view", "prompts"), ("--answer_view", "answers")):
+        parser.add_argument(
+            name, choices=VIEWS, default="",
+            help=f"view of the images in {where}; default: the model's",
+        )  # fmt: skip
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="highest", help="precision of the image encoder"
     )
+
+
+def code_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of these flags."""
+    return {n: getattr(args, n) for n in ("codes", "precision", "view", "answer_view")}
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
@@ -187,8 +205,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         caption_share=args.caption_share,
         max_bad=args.max_bad,
         burned_in=args.burned_in,
-        codes=args.codes,
-        precision=args.precision,
+        **code_options(args),
     )
 
 
@@ -240,11 +257,11 @@ class _Work:
         notes: dict[str, Any],
     ) -> Iterator[Document]:
         """Yield the documents, and record in `notes` what was left out."""
-        cache: collections.OrderedDict[str, Coded] = collections.OrderedDict()
+        cache: collections.OrderedDict[CodeKey, Coded] = collections.OrderedDict()
         count = self.total if chosen is None else len(chosen)
         clock = ItemProgress(count, "documents", log.info, every=LOG_SECONDS)
         for rows in _chunks(self._rows(chosen), CHUNK):
-            codes, unreadable = self._codes(rows, code_source, cache)
+            codes, unreadable = self._codes(rows, encoder.layout, code_source, cache)
             for row in rows:
                 try:
                     if row.image_path in unreadable:
@@ -267,18 +284,20 @@ class _Work:
     def _codes(
         self,
         rows: list[Row],
+        layout: Layout,
         code_source: document_codes.OnlineEncoder | document_codes.StoredCodes,
-        cache: collections.OrderedDict[str, Coded],
-    ) -> tuple[dict[str, Coded], dict[str, str]]:
+        cache: collections.OrderedDict[CodeKey, Coded],
+    ) -> tuple[dict[CodeKey, Coded], dict[str, str]]:
         """Return codes and SHA-256 of the rows' images, and the problems of the unreadable ones."""
         row_of = {r.image_path: r for r in rows if r.image is not None}
-        cached = {path: cache[path] for path in row_of if path in cache}
-        views = [ImageView(path, 0, "", False) for path in row_of if path not in cached]
+        shown = {key(v): v for r in rows if r.image is not None for v in _shown(r, layout)}
+        cached = {k: cache[k] for k in shown if k in cache}
+        views = [v for k, v in shown.items() if k not in cached]
         files = Files(
             lambda path: self._open(row_of[path]), lambda path: self._content(row_of[path])
         )
         encoded, unreadable = code_source(views, files, log_progress=False)
-        fresh = {p: (code, digest_of(files.content(p)).hex()) for (p, _), code in encoded.items()}
+        fresh = {k: (code, digest_of(files.content(k[0])).hex()) for k, code in encoded.items()}
         cache.update(fresh)
         while len(cache) > CACHE:
             cache.popitem(last=False)
@@ -302,9 +321,11 @@ class _Work:
             secret=self.secret,
         )  # fmt: skip
 
-    def _document(self, row: Row, codes: dict[str, Coded], encoder: Encoder) -> Document:
-        code, digest = (None, "") if row.image is None else codes[row.image_path]
-        tokens = document_ids(encoder.tokenizer, row.text, code, encoder.layout.vocab)
+    def _document(self, row: Row, codes: dict[CodeKey, Coded], encoder: Encoder) -> Document:
+        layout = encoder.layout
+        coded = None if row.image is None else [codes[key(v)] for v in _shown(row, layout)]
+        image = coded and [code for code, _ in coded]
+        tokens = document_ids(encoder.tokenizer, row.text, image, layout.vocab)
         return Document(
             tokens=tokens,
             image_path=row.image_path,
@@ -314,7 +335,9 @@ class _Work:
             turns=row.turns,
             group=row.group,
             id=row.id,
-            image_sha256=digest,
+            image_sha256=coded[0][1] if coded else "",
+            view=layout.view,
+            answer_view=layout.answer_view,
         )
 
     def _reject(self, row: Row, reason: str) -> None:
@@ -329,6 +352,10 @@ class _Work:
                 f"{self.bad.total()} of {self.rows} rows of {self.plan.source} are malformed, but "
                 f"--max_bad allows only the share {self.max_bad}; the first: {self.first[0]}"
             )
+
+
+def _shown(row: Row, layout: Layout) -> list[ImageView]:
+    return of_document(ImageView(row.image_path, 0, "", False), row.text, row.turns, layout)
 
 
 def _reason(text: str, path: str) -> str:

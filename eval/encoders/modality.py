@@ -91,9 +91,9 @@ def centroids(
 def modality_features(
     generator: model_bundle.ModelBundle, paths: Sequence[str], *, images_folder: str | Path
 ) -> list[np.ndarray]:
-    """Return the features of image files."""
+    """Return the features of image files, in the view of answers, as generated images have."""
     files = [image_paths.resolve(images_folder, path) for path in paths]
-    codes = model_bundle.encode(generator, files)
+    codes = model_bundle.encode(generator, files, view=generator.vq_config.answer_view)
     return [
         _features(generator, code, np.asarray(image))
         for code, image in zip(codes, model_bundle.decode(generator, codes), strict=True)

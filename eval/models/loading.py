@@ -42,7 +42,10 @@ ADAPTER = "adapter.safetensors"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Identifies a model. `folder`: of its weights in the native layout, if it has one."""
+    """Identifies a model. `folder`: of its weights in the native layout, if it has one.
+
+    `view`: of the images that it is shown; `trained_view`: of those that it was trained on.
+    """
 
     kind: str
     where: str
@@ -51,6 +54,8 @@ class ModelSpec:
     fingerprint: str
     adapter_digest: str
     folder: str = ""
+    view: str = "released"
+    trained_view: str = "released"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -116,9 +121,14 @@ def parse_model_spec(
             f"--adapter, config.adapter and --merge require a native or hf model, but the model is "
             f"{model!r}; set --adapter and config.adapter to an empty text"
         )
+    if settings.view and kind not in LOCAL:
+        raise EvalError(
+            f"config.view is {settings.view!r}, but {model!r} does not read images in a view of "
+            "this project; leave it empty"
+        )
     if merge and not adapter:
         raise EvalError("--merge requires --adapter; set it")
-    folder, adapter_digest = "", ""
+    folder, adapter_digest, trained_view = "", "", "released"
     match kind:
         case "native" | "hf":
             tuned = Folder(found := model_bundle.adapter_folder(adapter)) if adapter else None
@@ -129,6 +139,7 @@ def parse_model_spec(
             if tuned and tuned.has(ADAPTER):
                 adapter_digest = tuned.file(ADAPTER).digest("sha256")
             fingerprint = export.base_fingerprint(folder)
+            trained_view = model_bundle.settings_of(folder, adapter or None)[2].view
         case "endpoint":
             endpoint = endpoint_model.make_endpoint(where, settings.service, field="service")
             fingerprint = endpoint_model.fingerprint(endpoint)
@@ -149,6 +160,8 @@ def parse_model_spec(
         fingerprint=fingerprint,
         adapter_digest=adapter_digest,
         folder=folder,
+        view=settings.view or trained_view,
+        trained_view=trained_view,
     )
 
 
@@ -215,6 +228,7 @@ def _native(spec: ModelSpec, settings: Settings, eval_set: EvalSet) -> LoadedMod
         adapter=spec.adapter or None,
         merge=spec.merge,
         mesh=local_mesh(settings.mesh),
+        view=spec.view,
     )
     model = base.NativeModel(
         generator,

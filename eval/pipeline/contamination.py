@@ -139,12 +139,15 @@ def _compare(
     paths = list(files)
     byte_hashes = _hashes([file_sha256(file) for file in files.values()])
     image_codes = [] if encoder is None else near_duplicates.encode_files(encoder, files.values())
-    code_hashes = _hashes([near_duplicates.code_hash(codes) for codes in image_codes])
+    code_hashes = [_hashes(list(map(near_duplicates.code_hash, views))) for views in image_codes]
     same_bytes = {
         path: bool(hit)
         for path, hit in zip(paths, near_duplicates.isin(byte_hashes, columns.sha), strict=True)
     }
-    same_codes = dict(zip(paths, near_duplicates.isin(code_hashes, columns.codes), strict=False))
+    same_codes = {
+        path: bool(near_duplicates.isin(hashes, columns.codes).any())
+        for path, hashes in zip(paths, code_hashes, strict=False)
+    }
     shared = grams.overlaps()
     flags = [
         dict(

@@ -1,6 +1,6 @@
 """Records what the answers of a workdir depend on, in run.json, and refuses another evaluation.
 
-{"sample": .., "mode": .., "prompt": .., "shots": .., "perturbation": .., "model": ..,
+{"sample": .., "mode": .., "prompt": .., "shots": .., "perturbation": .., "view": .., "model": ..,
  "adapter": .., "items": SHA-256 of all items, "cards": that of a user's own cards}
 """
 
@@ -21,7 +21,7 @@ from medmax_jax.io import journal
 from medmax_jax.io.text_files import TextFileError, read_json_object
 
 # The facts that run.json of earlier versions does not have.
-SHOWN_BEFORE = {"shots": 0, "perturbation": ""}
+SHOWN_BEFORE = {"shots": 0, "perturbation": "", "view": "released"}
 
 
 def check_workdir(
@@ -40,6 +40,7 @@ def check_workdir(
         "prompt": settings.prompt,
         "shots": settings.shots,
         "perturbation": settings.perturbation,
+        "view": spec.view,
         "model": spec.fingerprint,
         "adapter": spec.adapter_digest,
         "items": hashlib.sha256(items.encode()).hexdigest(),

@@ -478,6 +478,8 @@ def build_summary(
         model=spec.where,
         adapter=spec.adapter,
         kind=spec.kind,
+        view=spec.view,
+        trained_view=spec.trained_view,
         fingerprints=run.facts | {"settings": fingerprint(run.settings)},
         environment=environment(devices=jax.devices() if spec.kind in loading.LOCAL else ()),
         settings=to_dict(run.settings),

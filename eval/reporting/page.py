@@ -206,9 +206,20 @@ def provenance(summary: Summary) -> dict[str, Any]:
         "digest": summary.fingerprints.get("data"),
         "generation": settings.get("mode"),
         "prompts": settings.get("prompt"),
+        "view": view_text(summary),
         "seed": settings.get("seed"),
     }
     return facts | summary.environment
+
+
+def view_text(summary: Summary) -> str:
+    """Return the view of the images if the release has another one, and of the training if other.
+
+    "" | "pad" | "pad, but trained on released"
+    """
+    if summary.view != summary.trained_view:
+        return f"{summary.view}, but trained on {summary.trained_view}"
+    return "" if summary.view == "released" else summary.view
 
 
 def _definitions(summary: Summary) -> str:

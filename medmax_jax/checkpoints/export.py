@@ -27,7 +27,8 @@ SMALL, LARGE = "model.safetensors", "model.zarr"
 LEFT_REMOTE = (f"{LARGE}/*", "checkpoints/*", "compiled/*", "model/*", "profile/*", "events.out.*")
 # files of a model folder in addition to the weights
 SIDE_FILES = ("tokenizer.json", "vqgan.safetensors")
-FREE = ("param_dtype", "compute_dtype", "remat", "attention")  # how a model runs, not what it is
+# how a model runs, not what it is; a run may use another view than its base, with a warning
+FREE = ("param_dtype", "compute_dtype", "remat", "attention", "view", "answer_view")
 
 
 class ExportError(RuntimeError):
@@ -138,6 +139,14 @@ def check_base(folder: str, run: config.Run, *, tokenizer: str, vqgan: str) -> N
                 f"the records were prepared with a {name} that differs from the one in {folder}; "
                 "prepare them again with the files of this folder"
             )
+
+
+def base_vq(folder: str) -> config.VQ:
+    """Return the VQGAN's settings of a model folder, whose views the model was trained on."""
+    try:
+        return config.build(config.VQ, Folder(locate(folder)).json("config.json").get("vq"))
+    except (StorageError, config.ConfigError) as error:
+        raise ExportError(f"{folder}: {error}; use a model folder") from error
 
 
 def _sections(run: config.Run) -> dict[str, dict]:

@@ -88,8 +88,10 @@ def with_added_fields(settings: dict[str, Any]) -> dict[str, Any]:
         section, field = name.split(".")
         if section == "run":
             filled = {field: value} | filled
-        else:
-            filled[section] = {field: value} | filled.get(section, {})
+        elif section in filled:
+            filled[section] = {field: value} | filled[section]
+    views = {"view": filled["vq"]["view"]} if "vq" in filled else {}
+    filled["stages"] = [views | stage for stage in filled["stages"]]
     return filled
 
 

@@ -9,11 +9,12 @@ from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.manager import CheckpointError
 from medmax_jax.checkpoints.safetensors_file import WeightsError
 from medmax_jax.checkpoints.torch_unpickler import PthError
-from medmax_jax.config import ConfigError
+from medmax_jax.config import VQ, ConfigError, view_text, with_views_of
 from medmax_jax.convert import adapters, hf, meta, model_card, native
 from medmax_jax.convert import vqgan as vqgan_layout
-from medmax_jax.convert.state_dict import Adapter, Checkpoint, ConvertError
+from medmax_jax.convert.state_dict import Adapter, Checkpoint, ConvertError, check_settings
 from medmax_jax.io.progress import ByteProgress
+from medmax_jax.models import vqgan as vqgan_network
 from medmax_jax.models.tokenizer import TokenizerError
 from medmax_jax.storage.atomic_folder import atomic_folder
 from medmax_jax.storage.folder import Folder, StorageError
@@ -109,6 +110,9 @@ def convert(
                 "adapter's change; keep the adapter separate (--format peft or native)"
             )
         checkpoint = adapters.merged(checkpoint, adapter)
+        vq = with_views_of(checkpoint.vq, adapter.facts.get("config"))
+        check_settings(checkpoint.model, checkpoint.vocab, vq, adapter.path)
+        checkpoint = dataclasses.replace(checkpoint, vq=vq)
     return _write_model(checkpoint, adapter, identity, destination)
 
 
@@ -166,6 +170,10 @@ def _write_adapter(
         raise ConvertError(
             f"{adapter.path}: does not state the weights it was trained on; set --base to them"
         )
+    if target.layout == "peft":
+        vq = with_views_of(vqgan_network.RELEASED, adapter.facts.get("config"))
+        for warning in _view_warnings(vq):
+            target.say(f"WARNING: {warning}")
     count = sum(t.nbytes for pair in adapter.matrices.values() for t in pair)
     card_text = model_card.render_model_card(
         f"{target.name}, LoRA adapter", None, adapter, identity, target.data_sources
@@ -196,7 +204,18 @@ def _warnings(checkpoint: Checkpoint, layout: str) -> list[str]:
             f"its VQGAN normalizes in {checkpoint.vq.norm_groups} groups, but other programs use "
             f"{vqgan_layout.TAMING_GROUPS}: their codes and images will be wrong"
         )
+    if layout != "native" and checkpoint.vq:
+        lines += _view_warnings(checkpoint.vq)
     return lines
+
+
+def _view_warnings(vq: VQ) -> list[str]:
+    if (vq.view, vq.answer_view) == ("released", "released"):
+        return []
+    return [
+        f"it was trained on images with {view_text(vq)}, but other programs crop every image to "
+        "its center square (view released); pad images to white squares before they read them"
+    ]
 
 
 # ---- The layout of a path, and the checkpoint or adapter in it ----
@@ -255,12 +274,14 @@ def with_vqgan(checkpoint: Checkpoint, path: str | os.PathLike) -> Checkpoint:
     source = read_checkpoint(path)
     if not isinstance(source, Checkpoint) or not source.vqgan:
         raise ConvertError(f"--vqgan {path}: no VQGAN; use a vqgan.ckpt, or a model that has one")
-    if checkpoint.vq and checkpoint.vq != source.vq:
+    views = checkpoint.vq or source.vq  # how images are shown to the model, not a VQGAN's part
+    vq = dataclasses.replace(source.vq, view=views.view, answer_view=views.answer_view)
+    if checkpoint.vq and checkpoint.vq != vq:
         raise ConvertError(
             f"--vqgan {path}: {source.vq}, but {checkpoint.path} has {checkpoint.vq}; "
             "use the VQGAN that the model was trained with"
         )
-    return dataclasses.replace(checkpoint, vqgan=source.vqgan, vq=source.vq)
+    return dataclasses.replace(checkpoint, vqgan=source.vqgan, vq=vq)
 
 
 def _vqgan(folder: str, name: str) -> Checkpoint:

@@ -8,6 +8,7 @@ decode_segments(g, [tokens])          ->  [[Text("yes")]]
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +22,19 @@ from jaxtyping import Array, Int
 
 from medmax_jax import sharding
 from medmax_jax.checkpoints import export, safetensors_file
-from medmax_jax.config import VQ, ConfigError, Lora, Mesh, Model, Vocab, build, check_model
+from medmax_jax.config import (
+    VQ,
+    ConfigError,
+    Lora,
+    Mesh,
+    Model,
+    Vocab,
+    build,
+    check_model,
+    check_vq,
+    view_warning,
+    with_views_of,
+)
 from medmax_jax.generation import buckets
 from medmax_jax.generation.requests import (
     GenerateError,
@@ -38,6 +51,8 @@ from medmax_jax.models.tokenizer import Tokenizer, prompt_ids, split_segments
 # Text, an image file, an image, or the VQ codes of an image.
 PromptPart = str | Path | PIL.Image.Image | np.ndarray
 
+log = logging.getLogger("medmax_jax.generation")
+ADAPTER_CONFIG = "adapter_config.json"
 VQGAN_BATCH = 8  # images per VQGAN call
 MAX_PIXELS = 64_000_000  # of an image in a prompt; a larger file is more likely a mistake
 
@@ -77,6 +92,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     merge: bool = False,
     dtype: str | None = None,
+    view: str = "",
 ) -> ModelBundle:
     """Load a model folder, and an adapter that was trained on exactly its weights.
 
@@ -89,6 +105,8 @@ def load(
             separately in each forward pass.
         dtype: of the weights and of the computation, float32 or bfloat16; None: as config.json
             states.
+        view: of the images in prompts, released or pad (models/images.py); empty: the one that the
+            model was trained on. Another one is logged as a warning.
     """
     mesh = mesh or sharding.local_mesh(Mesh(data=1, fsdp=1, tp=1))
     require_local_mesh(mesh)
@@ -97,18 +115,11 @@ def load(
             "merge (--merge) adds an adapter to the base; set adapter (--adapter) too"
         )
     source, folder = export.locate(folder), export.local_copy(folder)
-    settings = _json(
-        folder / "config.json",
-        "a model folder contains config.json, model.safetensors and tokenizer.json",
-    )
-    try:
-        model, vocab, vq = (
-            build(cls, settings.get(name))
-            for cls, name in ((Model, "model"), (Vocab, "vocab"), (VQ, "vq"))
-        )
-        check_model(model, vocab, vq)
-    except ConfigError as error:
-        raise GenerateError(f"{folder / 'config.json'}: {error}") from error
+    model, vocab, trained = settings_of(folder, adapter)
+    vq = dataclasses.replace(trained, view=view or trained.view)
+    check_vq(vq)
+    if warning := view_warning(str(adapter or source), trained, vq):
+        log.warning(warning)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16"):
             raise GenerateError(f"dtype is {dtype!r}; it must be float32 or bfloat16")
@@ -122,6 +133,25 @@ def load(
         ):
             weights = jax.block_until_ready(_load_model(source, adapter, model, vocab, merge))
     return from_model(weights, folder, config=model, vocab=vocab, vq=vq, mesh=mesh)
+
+
+def settings_of(folder: str | Path, adapter: str | Path | None) -> tuple[Model, Vocab, VQ]:
+    """Return the settings of a model folder, with the views that the adapter was trained on."""
+    file = export.local_copy(folder) / "config.json"
+    fix = "a model folder contains config.json, model.safetensors and tokenizer.json"
+    settings, run = _json(file, fix), None
+    if adapter is not None:
+        run = _adapter_settings(adapter_folder(adapter)).get("config")
+    try:
+        model, vocab, vq = (
+            build(cls, settings.get(name))
+            for cls, name in ((Model, "model"), (Vocab, "vocab"), (VQ, "vq"))
+        )
+        vq = with_views_of(vq, run)
+        check_model(model, vocab, vq)
+    except ConfigError as error:
+        raise GenerateError(f"{adapter or file}: {error}") from error
+    return model, vocab, vq
 
 
 def from_model(
@@ -168,16 +198,20 @@ def prompt_tokens(
 
 
 def encode(
-    g: ModelBundle, image_parts: Sequence[Path | PIL.Image.Image]
+    g: ModelBundle, image_parts: Sequence[Path | PIL.Image.Image], *, view: str = ""
 ) -> list[Int[np.ndarray, "K"]]:
-    """Return the VQ codes of images, row by row from the top left."""
+    """Return the VQ codes of images, row by row from the top left.
+
+    view: of models/images.py; empty: that of the images in prompts.
+    """
+    size, view = g.vq_config.image_size, view or g.vq_config.view
     codes = []
     for start in range(0, len(image_parts), VQGAN_BATCH):
         batch = [
             images.load(part, max_pixels=MAX_PIXELS) if isinstance(part, Path) else part
             for part in image_parts[start : start + VQGAN_BATCH]
         ]
-        pixels = np.stack([images.preprocess(image, g.vq_config.image_size) for image in batch])
+        pixels = np.stack([images.preprocess(image, size, view) for image in batch])
         with jax.set_mesh(g.mesh), _explain_out_of_memory(g, len(batch)):
             encoded = np.asarray(vqgan.encode(g.vq, _pad_rows(pixels, VQGAN_BATCH)))
         codes += list(encoded[: len(batch)].reshape(len(batch), -1))
@@ -272,8 +306,7 @@ def _load_model(
     if adapter is None:
         return export.load(folder, chameleon.abstract_model(config, vocab, chameleon.NO_LORA))
     adapter = adapter_folder(adapter)
-    file = adapter / "adapter_config.json"
-    settings = _json(file, "an adapter folder contains adapter_config.json; training writes it")
+    file, settings = adapter / ADAPTER_CONFIG, _adapter_settings(adapter)
     if missing := {"rank", "alpha", "dropout", "base"} - set(settings):
         raise GenerateError(f"{file}: {sorted(missing)[0]} is missing; export the adapter again")
     if settings["base"] != (fingerprint := export.base_fingerprint(folder)):
@@ -292,6 +325,11 @@ def _load_model(
     adapters = safetensors_file.load(adapter / "adapter.safetensors", adapters)
     model = nnx.merge(graph, adapters, export.load(folder, base))
     return merge_adapter(model, vocab, lora) if merge else model
+
+
+def _adapter_settings(folder: Path) -> dict:
+    fix = "an adapter folder contains adapter_config.json; training writes it"
+    return _json(folder / ADAPTER_CONFIG, fix)
 
 
 def merge_adapter(model: chameleon.Chameleon, vocab: Vocab, lora: Lora) -> chameleon.Chameleon:

@@ -1,10 +1,19 @@
-"""Converts image files to the pixels that the VQGAN reads, as Meta's Chameleon does.
+"""Converts image files to the pixels that the VQGAN reads, by default as Meta's Chameleon does.
 
     file -> 8 bits: as is, or wider gray or color by the range it states, or by its own
          -> RGB: as is, or blended on white where any alpha < 255 (truncated to uint8), or converted
          -> short side = size: other side round(size / short * side), halves to even, LANCZOS
          -> center crop size x size at ((w - size) // 2, (h - size) // 2)
          -> / 255 * 2 - 1, float32 [size, size, 3]
+
+That is the view `released`: what is outside of the center square is lost. The view `pad` shows the
+complete image, as Chameleon's paper states for images in prompts (its released code does not):
+
+         -> long side = size: other side round(size / long * side), at least 1, LANCZOS
+         -> on a white square size x size, at ((size - w) // 2, (size - h) // 2)
+
+The paper does not state the color. White, 255, is the only one that the released code puts where an
+image has no pixels: beneath transparent ones.
 
 Every image file that this project reads is opened here, with one list of formats and one set of
 limits, so that local models, endpoints, scorers and pages get the same pixels. As in the MedMax
@@ -26,9 +35,11 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from medmax_jax.config import VIEWS
 from medmax_jax.models import image_range
 from medmax_jax.models.image_headers import ImageError, check_header, check_regular, check_size
 
+PADDING = 255  # white, see above
 MAX_PIXELS = 89_478_485  # Pillow's own limit between a large image and a decompression bomb
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm")
 MAX_WEBP = 2**26  # pixels; its decoder holds 15 bytes for each, others 4 to 12
@@ -115,22 +126,44 @@ def to_rgb(
     return rgb
 
 
-def preprocess(image: Image.Image, size: int) -> Float32[np.ndarray, "h w 3"]:
-    """Return the center square of the image, its short side scaled to `size`, in [-1, 1].
+def preprocess(
+    image: Image.Image, size: int, view: str = "released"
+) -> Float32[np.ndarray, "h w 3"]:
+    """Return the square of `size` that a view shows of an image, in [-1, 1].
 
     Raises ImageError where a narrow image would be scaled to more than MAX_PIXELS.
     """
+    whole = _is_whole(view)
     if not min(image.size):
         raise ImageError(
             f"has {image.width} x {image.height} pixels; each side requires at least one"
         )
-    scaled = [round(size / min(image.size) * side) for side in image.size]
+    side = max(image.size) if whole else min(image.size)
+    scaled = [max(1, round(size / side * n)) for n in image.size]
     if scaled[0] * scaled[1] > MAX_PIXELS:
         raise ImageError(f"too narrow ({image.width} x {image.height} pixels); crop the image")
     image = to_rgb(image).resize(scaled, Image.Resampling.LANCZOS)
-    left, top = ((side - size) // 2 for side in scaled)
-    square = np.asarray(image.crop((left, top, left + size, top + size)), np.float32)
-    return square / np.float32(255) * 2 - 1
+    if whole:
+        square = Image.new("RGB", (size, size), 3 * (PADDING,))
+        square.paste(image, tuple((size - n) // 2 for n in scaled))
+    else:
+        left, top = ((n - size) // 2 for n in scaled)
+        square = image.crop((left, top, left + size, top + size))
+    return np.asarray(square, np.float32) / np.float32(255) * 2 - 1
+
+
+def area_lost(width: int, height: int, view: str) -> float:
+    """Return the share of an image's area that a view does not show.
+
+    area_lost(400, 300, "released") -> 0.25, area_lost(400, 300, "pad") -> 0.0
+    """
+    return 0.0 if _is_whole(view) else 1 - min(width, height) / max(width, height)
+
+
+def _is_whole(view: str) -> bool:
+    if view not in VIEWS:
+        raise ValueError(f"view is {view!r}; use one of {', '.join(VIEWS)}")
+    return view == "pad"
 
 
 def _bound(image: Image.Image, max_pixels: int) -> int:

@@ -98,9 +98,14 @@ class Tokenizer:
 
 
 def document_ids(
-    tokenizer: Tokenizer, text: str, codes: Int[np.ndarray, "K"] | None, vocab: Vocab
+    tokenizer: Tokenizer,
+    text: str,
+    codes: Int[np.ndarray, "K"] | Sequence[Int[np.ndarray, "K"]] | None,
+    vocab: Vocab,
 ) -> Int32[np.ndarray, "T"]:
     """Return a complete document: BOS, the text with each `<image>` replaced by the image, EOS.
+
+    `codes`: of the image, or of each `<image>` in order.
 
     With text ids 8720.. and an image of two codes:
         document_ids(t, "A CT<image>", [7, 0], v)  ->  [0, 8745, 8761, 8197, 11, 4, 8196, 2]
@@ -117,12 +122,17 @@ def document_ids(
         raise TokenizerError(
             f"there is an image but the text does not contain {IMAGE_NAME}: {_short(text)}"
         )
+    each = len(places) * [codes] if isinstance(codes, np.ndarray) else list(codes or ())
+    if len(each) != len(places):
+        raise TokenizerError(
+            f"{len(each)} images for {len(places)} times {IMAGE_NAME} in the text: {_short(text)}"
+        )
     _check_text(ids, text, vocab, allowed=(IMAGE, SEP))
     parts: list[Any] = [[BOS]]
     for i, piece in enumerate(np.split(ids, places)):
         parts.append(piece if i == 0 else piece[1:])
         if i < len(places):
-            parts.append(_image_ids(codes, vocab))
+            parts.append(_image_ids(each[i], vocab))
     return np.concatenate([*parts, [EOS]]).astype(np.int32)
 
 

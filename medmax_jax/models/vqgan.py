@@ -35,6 +35,8 @@ RELEASED = VQ(  # vqgan.yaml of Chameleon
     embed_dim=256,
     num_codes=8_192,
     norm_groups=32,  # fixed in the code of taming-transformers
+    view="released",
+    answer_view="released",
 )
 EPS = 1e-6  # of every GroupNorm in taming-transformers, hence in Chameleon
 ENCODER_PRECISION = jax.lax.Precision.HIGHEST  # TPU: six bf16 passes, as good as fp32

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from medmax_jax import cli, config, flops
-from medmax_jax.checkpoints import safetensors_file
+from medmax_jax.checkpoints import export, safetensors_file
 from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
 from medmax_jax.environment import environment, git_commit
 from medmax_jax.io.progress import report_waiting
@@ -434,6 +434,9 @@ def environment_summary(
     tables: bool = True,
 ) -> None:
     """Log the devices, the mesh and the data; `tables`: also the shares of the mixture."""
+    if folder := run.train.init_from:
+        if warning := config.view_warning(folder, export.base_vq(folder), run.vq):
+            log(warning)
     device, shape = jax.devices()[0], " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     log(f"medmax_jax {git_commit()} on {jax.device_count()} {device.device_kind}, mesh {shape}")
     if flops.chip(device.device_kind) is None:

@@ -53,6 +53,17 @@ def test_free_fields_exist_and_do_not_affect_results():
     assert not {f"train.{f}" for f in ("seed", "prng_impl", "trains")} & resume.FREE.keys()
 
 
+def test_checkpoints_without_views_resume_in_the_released_one():
+    stages = [dict(steps=2, view="released"), dict(steps=3, view="released")]
+    current = meta(config=meta()["config"] | {"stages": stages})
+    old = meta(config=meta()["config"] | {"stages": [dict(steps=2), dict(steps=3)]})
+    old["config"]["vq"] = {n: v for n, v in old["config"]["vq"].items() if "view" not in n}
+    assert resume.check_meta(old, current, extend=False) == []
+    current["config"]["vq"] |= {"view": "pad"}
+    with pytest.raises(CheckpointError, match="config.vq.view was 'released', is now 'pad'"):
+        resume.check_meta(old, current, extend=False)
+
+
 @pytest.mark.parametrize("name", ["base", "data", "plan"])
 def test_fingerprints_must_match(name):
     with pytest.raises(CheckpointError, match=f"{name} was .*, is now other"):

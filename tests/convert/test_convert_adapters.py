@@ -235,3 +235,35 @@ def test_a_change_below_the_steps_of_the_base_is_reported(tmp_path, dtype, lost)
         assert "keeps about" in warned[0] and "keep the adapter separate" in warned[0]
         share = float(re.search(r"about (\d+)%", warned[0])[1])
         assert share < 70
+
+
+def test_the_view_of_a_run_is_kept_where_it_can_be(trained, tmp_path):
+    """A merged native model states the view of its adapter; other layouts cannot, and warn."""
+    model, run = trained
+    shutil.copytree(run / "adapter", tmp_path / "padded")
+    file = tmp_path / "padded" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    settings["config"]["vq"]["view"] = "pad"
+    file.write_text(json.dumps(settings))
+    said = []
+
+    def write(adapter, layout, **options):
+        target = tmp_path / f"{len(said)}_{layout}"
+        conversion.convert(str(adapter), str(target), layout=layout, say=said.append, **options)
+        return target
+
+    warning = "trained on images with view pad, answer_view released, but other programs crop"
+    merged = write(tmp_path / "padded", "native", base=str(model), merge_native=True)
+    assert json.loads((merged / "config.json").read_text())["vq"]["view"] == "pad"
+    assert not any(warning in line for line in said)
+    peft = write(tmp_path / "padded", "peft", base=str(model))
+    assert any(warning in line for line in said)
+    again = write(peft, "native")
+    assert json.loads((again / "adapter_config.json").read_text())["config"]["vq"]["view"] == "pad"
+    said.clear()
+    write(run / "adapter", "peft", base=str(model))
+    assert not any("view" in line for line in said)
+    settings["config"]["vq"]["view"] = "squash"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ConvertError, match="vq.view is 'squash'; it must be one of released, pad"):
+        write(tmp_path / "padded", "native", base=str(model), merge_native=True)

@@ -109,7 +109,7 @@ def codes(folder, encoder, tmp_path) -> pathlib.Path:
 
 
 def test_images_are_looked_up_by_bytes_and_unreadable_ones_reported_equally(folder, codes, encoder):
-    stored, online = StoredCodes(codes, encoder, "highest"), OnlineEncoder(encoder, "highest")
+    stored, online = StoredCodes([codes], encoder, "highest"), OnlineEncoder(encoder, "highest")
     shutil.copyfile(folder / "1.jpg", folder / "elsewhere.jpg")
     requested = views("0.jpg", "elsewhere.jpg", "2.jpg", "gone.jpg")
     expected = stored(requested, image_files(folder), log_progress=False)
@@ -123,7 +123,7 @@ def test_images_are_looked_up_by_bytes_and_unreadable_ones_reported_equally(fold
 
 
 def test_image_missing_from_the_codes_is_an_error(folder, codes, encoder):
-    stored = StoredCodes(codes, encoder, "highest")
+    stored = StoredCodes([codes], encoder, "highest")
     with pytest.raises(
         PrepareError, match=r"--codes .* 3.jpg is missing, or the image was changed"
     ):
@@ -142,18 +142,18 @@ def test_codes_of_another_model_or_precision_are_rejected(codes, encoder, tmp_pa
         file.seek(-4, 2)
         file.write(b"\0\0\0\1")
     with pytest.raises(PrepareError, match="vqgan is '.*, but --model or --precision requires"):
-        StoredCodes(codes, load_encoder(other), "highest")
+        StoredCodes([codes], load_encoder(other), "highest")
     with pytest.raises(PrepareError, match="precision is 'highest', .* requires 'bfloat16'"):
-        StoredCodes(codes, encoder, "bfloat16")
+        StoredCodes([codes], encoder, "bfloat16")
     with pytest.raises(PrepareError, match="not finished"):
-        StoredCodes(tmp_path, encoder, "highest")
+        StoredCodes([tmp_path], encoder, "highest")
 
 
 def test_records_of_bfloat16_codes_store_the_agreement(folder, encoder, tmp_path):
     how = HOW | dict(precision="bfloat16")
     meta = tokenize(tmp_path / "low", ["0.jpg", "1.jpg"], folder=folder, encoder=encoder, **how)
     stored, online = (
-        StoredCodes(tmp_path / "low", encoder, "bfloat16"),
+        StoredCodes([tmp_path / "low"], encoder, "bfloat16"),
         OnlineEncoder(encoder, "bfloat16"),
     )
     requested = views("0.jpg", "1.jpg")
@@ -200,9 +200,9 @@ def test_codes_of_a_credentialed_source_are_private_and_without_names(
 
 def test_open_codes_are_rejected_for_a_credentialed_source(folder, codes, encoder, tmp_path):
     with pytest.raises(PrepareError, match="this source requires .* with --credentialed"):
-        StoredCodes(codes, encoder, "highest").check_credentialed(burned_in=False)
+        StoredCodes([codes], encoder, "highest").check_credentialed(burned_in=False)
     private, rules = tmp_path / "private", dict(credentialed=True, burned_in=True)
     tokenize(private, ["0.jpg"], folder=folder, encoder=encoder, **HOW | rules)
     with pytest.raises(PrepareError, match="this source requires .* without --burned_in"):
-        StoredCodes(private, encoder, "highest").check_credentialed(burned_in=False)
-    StoredCodes(private, encoder, "highest").check_credentialed(burned_in=True)
+        StoredCodes([private], encoder, "highest").check_credentialed(burned_in=False)
+    StoredCodes([private], encoder, "highest").check_credentialed(burned_in=True)

@@ -33,6 +33,8 @@ SMALL = VQ(
     embed_dim=8,
     num_codes=64,
     norm_groups=32,
+    view="released",
+    answer_view="released",
 )
 
 

@@ -110,6 +110,55 @@ def test_resizing_and_cropping(width, height, size, scaled):
     assert scaled == image.size or np.abs(ours - other).max() > 1e-2  # another filter is detected
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "size", "scaled"),
+    [
+        (10, 4, 5, (5, 2)),
+        (25, 10, 15, (15, 6)),
+        (16, 5, 8, (8, 2)),  # 2.5: halves go to even
+        (48, 32, 64, (64, 43)),  # enlarged; one more white row below
+        (900, 1, 64, (64, 1)),  # 0.07: at least one row is left
+        (21, 60, 10, (4, 10)),  # 3.5
+    ],
+)
+def test_pad_shows_the_complete_image_on_white(width, height, size, scaled):
+    values = (np.random.default_rng(0).random((height, width, 3)) * 255).astype(np.uint8)
+    image = Image.fromarray(values)
+    resized = np.asarray(image.resize(scaled, Image.Resampling.LANCZOS), np.float32)
+    expected = np.full((size, size, 3), 255, np.float32)
+    left, top = (size - scaled[0]) // 2, (size - scaled[1]) // 2
+    expected[top : top + scaled[1], left : left + scaled[0]] = resized
+    ours = images.preprocess(image, size, "pad")
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected / 255 * 2 - 1, atol=1e-6)
+    assert images.area_lost(width, height, "pad") == 0
+    assert images.area_lost(width, height, "released") == 1 - min(width, height) / max(
+        width, height
+    )
+
+
+def test_views_of_a_square_are_equal_and_the_release_is_the_default():
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 4), np.uint8)
+    wide, square = Image.fromarray(noise), Image.fromarray(noise[:, :30])
+    pixels = [images.preprocess(square, 16, view) for view in images.VIEWS]
+    np.testing.assert_array_equal(*pixels)
+    np.testing.assert_array_equal(
+        images.preprocess(wide, 16), images.preprocess(wide, 16, "released")
+    )
+    gray = images.preprocess(wide.convert("LA"), 16, "pad")  # alpha is blended before it is scaled
+    assert (gray[:2] == 1).all() and (gray[-2:] == 1).all() and (gray[2:-2] < 1).any()
+    np.testing.assert_array_equal(
+        images.preprocess(images.to_rgb(wide), 16, "pad"), images.preprocess(wide, 16, "pad")
+    )
+
+
+def test_unknown_views_are_refused_by_name():
+    with pytest.raises(ValueError, match="view is 'squash'; use one of released, pad"):
+        images.preprocess(Image.new("RGB", (2, 1)), 4, "squash")
+    with pytest.raises(ValueError, match="squash"):
+        images.area_lost(2, 1, "squash")
+
+
 def test_pixels_are_in_minus_one_to_one():
     image = Image.fromarray(np.array([[[0, 255, 127]]], np.uint8))
     np.testing.assert_allclose(images.preprocess(image, 1), [[[-1, 1, 127 / 127.5 - 1]]], atol=1e-7)

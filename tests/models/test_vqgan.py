@@ -36,6 +36,8 @@ def settings(case: cases.Case) -> config.VQ:
         embed_dim=case.embed_dim,
         num_codes=case.num_codes,
         norm_groups=32,
+        view="released",
+        answer_view="released",
     )
 
 

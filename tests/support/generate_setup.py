@@ -40,6 +40,8 @@ VQ_CONFIG = VQ(  # 2 x 2 codes
     embed_dim=8,
     num_codes=16,
     norm_groups=32,
+    view="released",
+    answer_view="released",
 )
 CODES = 4
 SAMPLE = Sample(

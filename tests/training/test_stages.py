@@ -123,6 +123,8 @@ def test_lengths_are_scaled_to_another_number_of_steps():
          r"config\.stages\[0\]: config\.data\.condition_dropout\.text is 1\.5; it must be a prob"),
         ((dict(steps=5, mixing=dict(by="image")),),
          r"config\.stages\[0\]: config\.mixing\.by is 'image'; it must be one of source, task"),
+        ((dict(steps=2, view="released"), dict(steps=3, view="pad")),
+         r"config\.stages\[1\]\.view is 'pad'; it must be released, as vq\.view: the records of a"),
         (65 * (dict(steps=1),), r"config\.stages is .*; it must be a list of at most 64 sections"),
     ],
 )  # fmt: skip
@@ -133,5 +135,5 @@ def test_wrong_stages_are_refused_by_name(run_stages, message):
 
 def test_settings_without_stages_mean_what_they_meant():
     old = config.to_dict(micro_run.run())
-    del old["stages"], old["optim"]["schedule"]
+    del old["stages"], old["optim"]["schedule"], old["vq"]["view"], old["vq"]["answer_view"]
     assert config.from_config_dict(old) == micro_run.run()
