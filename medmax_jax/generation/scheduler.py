@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int
 from medmax_jax.generation import buckets, decode_loop, engine, sampling_params
 from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.generation.decode_loop import SequenceState
-from medmax_jax.generation.engine import Engine
+from medmax_jax.generation.engine import Engine, EngineSizes
 from medmax_jax.generation.requests import GenerateError, Request
 from medmax_jax.generation.sampling_params import DecodeConfig, DecodeSettings, SamplingParams
 from medmax_jax.models import vocab as ids
@@ -90,7 +90,7 @@ def open_batch(e: Engine) -> RequestBatch:
 
 def add(batch: RequestBatch, queued: QueuedRequest) -> None:
     """Add a request to the queue; raise GenerateError where the engine is too small for it."""
-    _check_sizes(batch.engine, queued.request, queued.settings)
+    check_sizes(batch.engine.sizes, queued.request, queued.settings)
     batch.queue.append(queued)
 
 
@@ -103,12 +103,14 @@ def cancel(batch: RequestBatch, index: int) -> None:
             batch.running[row], batch.rows.slots[row], batch.rows.done[row] = None, -1, True
 
 
-def step(batch: RequestBatch) -> list[RequestOutput]:
+def step(batch: RequestBatch, *, admit: bool = True) -> list[RequestOutput]:
     """Fill free rows from the queue and decode one chunk; return the outputs that changed.
 
-    It runs inside `engine.exclusive_use`, with at least one request in the batch.
+    It runs inside `engine.exclusive_use`, with at least one request in the batch. admit: False
+    leaves the queue as it is, with at least one request in a row.
     """
-    _admit(batch)
+    if admit:
+        _admit(batch)
     _start_guidance(batch)
     return _collect_outputs(batch, _run(batch))
 
@@ -137,20 +139,20 @@ def run_requests(
             raise
 
 
-def _check_sizes(e: Engine, request: Request, settings: DecodeSettings) -> None:
-    """Raise GenerateError where the engine has too few slots or positions for the request."""
-    spare = e.sizes.num_slots - e.sizes.batch_size
+def check_sizes(sizes: EngineSizes, request: Request, settings: DecodeSettings) -> None:
+    """Raise GenerateError where an engine has too few slots or positions for the request."""
+    spare = sizes.num_slots - sizes.batch_size
     need = sampling_params.guidance_streams_needed([request], settings)
     if spare < need:
         raise GenerateError(
-            f"the engine has {e.sizes.num_slots} cache slots for a batch of {e.sizes.batch_size}; "
+            f"the engine has {sizes.num_slots} cache slots for a batch of {sizes.batch_size}; "
             f"guidance needs {need} more, not {spare}: increase num_slots"
         )
-    answer = e.codes if settings.mode == "image" else 1
-    if len(request.tokens) + answer > e.sizes.cache_length:
+    answer = settings.config.codes if settings.mode == "image" else 1
+    if len(request.tokens) + answer > sizes.cache_length:
         raise GenerateError(
             f"a prompt has {len(request.tokens)} tokens and its answer needs {answer}, but a "
-            f"cache slot holds {e.sizes.cache_length}; increase cache_length of the engine"
+            f"cache slot holds {sizes.cache_length}; increase cache_length of the engine"
         )
 
 
