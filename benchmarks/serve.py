@@ -2,7 +2,7 @@
 
 Measures `medmax serve` with the openai client, on CPU.
 
-    engine   tokens/s of medmax_jax/generation/scheduler.py in this process, 32 rows, greedy text
+    engine   tokens/s of medmax_jax/generation/scheduler.py in this process, 8 rows, greedy text
     server   tokens/s of the same prompts by 32 clients of a server in another process, streamed
     ratio    server / engine, the medians of alternating rounds
 
@@ -10,7 +10,7 @@ Measures `medmax serve` with the openai client, on CPU.
 its seed; 10% cancel their stream, 5% send something malformed.
 
     mixed    replies with the answer to another nonce than their own: must be 0
-    lost     rows that no request gets at the end: must be 0
+    lost     rows and KV-cache slots in use after the last request: must be 0
     memory   MiB of the server after a fifth of the time, and at the end
 
 The last line is one JSON object.
@@ -159,8 +159,8 @@ def measure_rate(scratch: pathlib.Path, args: argparse.Namespace) -> dict[str, A
     folder = make_model(scratch, args.size)
     rng, words = np.random.default_rng(0), "scan chest brain left right mass CT MRI film of".split()
     prompts = [" ".join(rng.choice(words, 40)) + f" {n}" for n in range(args.requests)]
-    own, rates = OwnEngine(folder, args.clients), {"engine": [], "server": []}
-    with serving(folder, args.clients, scratch / "rate.log") as (url, _):
+    own, rates = OwnEngine(folder, args.rows), {"engine": [], "server": []}
+    with serving(folder, args.rows, scratch / "rate.log") as (url, _):
         for number in range(args.rounds + 1):
             pair = own.rate(prompts), asyncio.run(server_rate(url, prompts, args.clients))
             if number:  # the first round compiles
@@ -260,25 +260,20 @@ class Soak:
                 await asyncio.sleep(min(5.0, seconds / 20))
 
         await asyncio.gather(watch(), *[self.work(end) for _ in range(clients)])
-        await asyncio.sleep(2)
-        idle = self.gauge("running"), self.gauge("waiting")
-        burst = asyncio.gather(*[self.ask(n) for n in range(clients)])
-        most = 0.0
-        while not burst.done():
-            most = max(most, self.gauge("running"))
-            await asyncio.sleep(0.01)
-        await burst
+        await asyncio.sleep(5)
+        used = ("requests_running", "requests_waiting", "cache_slots_used")
+        lost = sum(map(self.gauge, used))
         distinct = len(set(self.answers.values()))
         return dict(
             self.counts, mixed=self.counts["mixed"], nonces=NONCES, distinct_answers=distinct,
-            minutes=round(seconds / 60, 1), left_running_waiting=idle, lost=clients - most,
+            minutes=round(seconds / 60, 1), lost=lost,
             memory=[round(memory[len(memory) // 5], 1), round(memory[-1], 1)],
         )  # fmt: skip
 
     def gauge(self, name: str) -> float:
         """Return a number of the server's metrics."""
         text = urllib.request.urlopen(self.url.replace("/v1", "/metrics")).read().decode()
-        return float(re.search(rf'requests_{name}{{model="m"}} (\S+)', text)[1])
+        return float(re.search(rf'medmax_{name}{{model="m"}} (\S+)', text)[1])
 
 
 def resident_mib(pid: int) -> float:
@@ -291,19 +286,21 @@ def main() -> None:
     """Run the program."""
     parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=8, help="answers at a time, on both sides")
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3, help="0: no rates, the soak alone")
     parser.add_argument("--minutes", type=float, default=0.0, help="length of the soak; 0: none")
     parser.add_argument("--size", choices=SIZES, default="38m")
     args = parser.parse_args()
     cli.skip_absent_tpu()
-    summary: dict[str, Any] = dict(clients=args.clients, size=args.size, load=os.getloadavg()[0])
+    summary: dict[str, Any] = dict(clients=args.clients, rows=args.rows, size=args.size)
+    summary["load"] = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         scratch = pathlib.Path(name)
         if args.rounds:
             summary |= measure_rate(scratch, args)
         if args.minutes:
-            with serving(TINY, args.clients, scratch / "soak.log") as (url, pid):
+            with serving(TINY, args.rows, scratch / "soak.log") as (url, pid):
                 summary["soak"] = asyncio.run(Soak(url, pid).run(60 * args.minutes, args.clients))
                 summary["soak"]["load"] = os.getloadavg()[0]
     print(json.dumps(summary))
