@@ -16,6 +16,7 @@ Both are exact: given everything about the places before it, a draw has the dist
 it depends on other places only through theirs. See docs/explanation/generation.md.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -26,53 +27,110 @@ from jaxtyping import Array, Float, Int, Key
 RULES = ("speculative", "gumbel")
 INITS = ("repeat", "horizontal", "vertical", "random")
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JacobiConfig:
+    """The static options."""
+
+    window: int  # tokens per pass, W
+    rule: str  # one of RULES
+    init: str  # one of INITS: where a guess is copied from, or that it is drawn uniformly
+
+
 class Drafts(NamedTuple):
-    """The open images of N rows, of C codes of K kinds, and windows of W."""
+    """The open images of N rows, each of C codes of K kinds."""
 
     codes: Int[Array, "N C+W"]  # settled, then drafts
     count: Int[Array, "N"]  # settled codes and drafts
     q: Float[Array, "N W K"] | None  # of the window's drafts; None where the rule has no use for it
 
 
-def empty_drafts(batch_size: int, *, codes: int, kinds: int, window: int, rule: str) -> Drafts:
+def empty_drafts(config: JacobiConfig, batch_size: int, *, codes: int, kinds: int) -> Drafts:
     """Return the drafts of rows without an image, of `codes` codes of `kinds` kinds."""
+    speculative = config.rule == "speculative"
     return Drafts(
-        codes=jnp.zeros((batch_size, codes + window), jnp.int32),
+        codes=jnp.zeros((batch_size, codes + config.window), jnp.int32),
         count=jnp.zeros(batch_size, jnp.int32),
-        q=jnp.zeros((batch_size, window, kinds)) if rule == "speculative" else None,
+        q=jnp.zeros((batch_size, config.window, kinds)) if speculative else None,
     )
 
 
-def place_keys(
-    keys: Key[Array, "N"], count: Int[Array, "N"], *, window: int
-) -> Key[Array, "N W"]:
-    """Return a key for each place of a row's window, which begins after `count` tokens."""
-    places = count[:, None] + jnp.arange(window)
-    return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(keys, places)
+def draw_noise(
+    config: JacobiConfig,
+    keys: Key[Array, "N"],
+    count: Int[Array, "N"],
+    steps: Int[Array, "N"],
+    *,
+    kinds: int,
+) -> Float[Array, "N W R"]:
+    """Return the random numbers of a pass, after `count` tokens and `steps` passes of each row.
+
+    Those of the rule gumbel depend on the place alone and are what `sampling.sample_tokens` adds.
+    """
+    fold, places = jax.random.fold_in, count[:, None] + jnp.arange(config.window)
+
+    def of_place(key, place, step):
+        if config.rule == "gumbel":
+            return jax.random.gumbel(fold(key, place), (kinds,))
+        tiny = jnp.finfo(jnp.float32).tiny  # its logarithm is finite
+        return jax.random.uniform(fold(fold(key, place), step), (2 + kinds,), minval=tiny)
+
+    return jax.vmap(jax.vmap(of_place, in_axes=(None, 0, None)))(keys, places, steps)
 
 
 def fill(
-    drafts: Drafts, settled: Int[Array, "N"], drawn: Int[Array, "N W"], *, kinds: int, init: str
+    config: JacobiConfig,
+    drafts: Drafts,
+    settled: Int[Array, "N"],
+    noise: Float[Array, "N W R"],
+    *,
+    kinds: int,
 ) -> Drafts:
-    """Guess what follows the drafts in windows that begin after `settled` codes.
-
-    drawn: guesses where no code is copied, each from the uniform distribution.
-    """
-    window = drawn.shape[1]
-    places, last = settled[:, None] + jnp.arange(window), drafts.count[:, None] - 1
-    source = _source(places, settled[:, None], last, drafts.codes.shape[1] - window, init)
+    """Guess what follows the drafts, up to the end of windows that begin after `settled` codes."""
+    places, last = _places(config, settled), drafts.count[:, None] - 1
+    source = _source(config, places, settled[:, None], last, drafts.codes.shape[1] - config.window)
+    if config.rule == "gumbel":
+        drawn = jnp.argmax(noise, axis=-1)
+    else:
+        drawn = jnp.minimum((noise[..., 0] * kinds).astype(jnp.int32), kinds - 1)
     guess = jnp.where(source < 0, drawn, _get(drafts.codes, jnp.maximum(source, 0)))
     new, q = places > last, drafts.q
     codes = _put(drafts.codes, places, jnp.where(new, guess, _get(drafts.codes, places)))
     if q is not None:
         certain = (guess[..., None] == jnp.arange(kinds)).astype(q.dtype)
         q = jnp.where(new[..., None], jnp.where(source[..., None] < 0, 1 / kinds, certain), q)
-    return Drafts(codes=codes, count=settled + window, q=q)
+    return Drafts(codes=codes, count=settled + config.window, q=q)
 
 
-def window_codes(drafts: Drafts, settled: Int[Array, "N"], *, window: int) -> Int[Array, "N W"]:
-    """Return the drafts of the windows that begin after `settled` codes."""
-    return _get(drafts.codes, settled[:, None] + jnp.arange(window))
+def window_codes(
+    config: JacobiConfig, drafts: Drafts, settled: Int[Array, "N"]
+) -> Int[Array, "N W"]:
+    """Return the drafts of windows that begin after `settled` codes."""
+    return _get(drafts.codes, _places(config, settled))
+
+
+def verify(
+    config: JacobiConfig,
+    drafts: Drafts,
+    settled: Int[Array, "N"],
+    logits: Float[Array, "N W K"],
+    noise: Float[Array, "N W R"],
+    limit: Int[Array, "N"],
+) -> tuple[Int[Array, "N W"], Int[Array, "N"], Drafts]:
+    """Return the draws that replace the drafts, how many of them are settled, and the next drafts.
+
+    limit: the codes of the image to come, at least 1.
+    """
+    places, codes, q = _places(config, settled), window_codes(config, drafts, settled), drafts.q
+    if config.rule == "gumbel":
+        draws = jnp.argmax(noise + logits, axis=-1)
+    else:
+        p = jax.nn.softmax(logits, axis=-1)
+        draws = speculative_draws(codes, q, p, noise[..., 1:])
+    accepted = jnp.minimum(1 + leading_matches(codes, draws), limit)
+    if q is not None:
+        q = _get(p, accepted[:, None] + jnp.arange(config.window))
+    return draws, accepted, drafts._replace(codes=_put(drafts.codes, places, draws), q=q)
 
 
 def speculative_draws(
@@ -81,56 +139,28 @@ def speculative_draws(
     p: Float[Array, "N W K"],
     uniform: Float[Array, "N W K+1"],
 ) -> Int[Array, "N W"]:
-    """Return draws from p that equal the drafts, which are from q, as often as possible.
-
-    uniform: fresh random numbers above 0 and below 1.
-    """
+    """Return draws from p that equal the drafts, which are from q, as often as possible."""
     at = lambda weights: jnp.take_along_axis(weights, drafts[..., None], axis=-1)[..., 0]  # noqa: E731
     kept = uniform[..., 0] * at(q) < at(p)
     residual = jnp.maximum(p - q, 0)
     some = residual.any(axis=-1, keepdims=True)  # none: p and q differ by rounding alone
-    other = gumbel_draws(jnp.log(jnp.where(some, residual, p)), -jnp.log(-jnp.log(uniform[..., 1:])))
+    noise = -jnp.log(-jnp.log(uniform[..., 1:]))
+    other = jnp.argmax(noise + jnp.log(jnp.where(some, residual, p)), axis=-1)
     return jnp.where(kept, drafts, other)
 
 
-def gumbel_draws(
-    logits: Float[Array, "N W K"], noise: Float[Array, "N W K"]
-) -> Int[Array, "N W"]:
-    """Return draws by Gumbel noise, as jax.random.categorical makes them."""
-    return jnp.argmax(noise + logits, axis=-1)
-
-
-def settle(
-    drafts: Int[Array, "N W"], draws: Int[Array, "N W"], limit: Int[Array, "N"]
-) -> Int[Array, "N"]:
-    """Return how many draws are settled: up to the first that differs from its draft.
-
-    limit: the codes of the image to come, at least 1.
-    """
-    equal = jnp.cumprod(draws[:, :-1] == drafts[:, :-1], axis=1)
-    return jnp.minimum(1 + equal.sum(axis=1), limit)
-
-
-def advance(
-    drafts: Drafts,
-    settled: Int[Array, "N"],
-    draws: Int[Array, "N W"],
-    p: Float[Array, "N W K"] | None,
-    accepted: Int[Array, "N"],
-) -> Drafts:
-    """Replace the drafts by the draws, of which `accepted` are settled."""
-    window = draws.shape[1]
-    codes = _put(drafts.codes, settled[:, None] + jnp.arange(window), draws)
-    q = None
-    if drafts.q is not None:
-        q = _get(p, accepted[:, None] + jnp.arange(window))
-    return drafts._replace(codes=codes, q=q)
+def leading_matches(drafts: Int[Array, "N W"], draws: Int[Array, "N W"]) -> Int[Array, "N"]:
+    """Return how many drafts the model has read, from the first on, equal their draws."""
+    return jnp.cumprod(draws[:, :-1] == drafts[:, :-1], axis=1).sum(axis=1)
 
 
 def _source(
-    places: Int[Array, "N W"], settled: Int[Array, "N 1"], last: Int[Array, "N 1"], codes: int,
-    init: str,
-) -> Int[Array, "N W"]:  # fmt: skip
+    config: JacobiConfig,
+    places: Int[Array, "N W"],
+    settled: Int[Array, "N 1"],
+    last: Int[Array, "N 1"],
+    codes: int,
+) -> Int[Array, "N W"]:
     """Return the place from which a guess is copied; -1: the guess is drawn uniformly.
 
     last: the greatest place with a code. A neighbor after it is replaced by its own neighbor.
@@ -143,15 +173,17 @@ def _source(
         "horizontal": jnp.where(first <= last, last, above(first)),
         "vertical": jnp.where(above(places) < 0, last, above(places)),
         "random": jnp.full_like(places, -1),
-    }[init]
+    }[config.init]
     return jnp.where(last < 0, -1, source)
 
 
+def _places(config: JacobiConfig, settled: Int[Array, "N"]) -> Int[Array, "N W"]:
+    return settled[:, None] + jnp.arange(config.window)
+
+
 def _get(array: Array, places: Int[Array, "N W"]) -> Array:
-    rows = jnp.arange(len(places))[:, None]
-    return array.at[rows, places].get(mode="clip")
+    return array.at[jnp.arange(len(places))[:, None], places].get(mode="clip")
 
 
 def _put(array: Array, places: Int[Array, "N W"], values: Array) -> Array:
-    rows = jnp.arange(len(places))[:, None]
-    return array.at[rows, places].set(values, mode="drop")
+    return array.at[jnp.arange(len(places))[:, None], places].set(values, mode="drop")
