@@ -19,6 +19,9 @@ _BOTH = dict(
     image_greedy=False,
     guidance_scale_text=3.0,
     guidance_scale_image=1.2,
+    jacobi_window=0,
+    jacobi_rule="gumbel",
+    jacobi_init="vertical",
     seed=42,  # MedMax sets it before each suite; Meta's has none
 )
 _MEDMAX = _BOTH | dict(text_temperature=1.0, boi_ends=False)

@@ -202,6 +202,9 @@ class Sample:
     max_gen_len: int  # text tokens
     budget: str  # answer | segment: what max_gen_len limits; segment: restarts after each image
     boi_ends: bool  # an opened image ends the answer, as with Meta's extra_eos_tokens
+    jacobi_window: int  # codes of an image per pass of the model, at most; 0: one
+    jacobi_rule: str  # gumbel | speculative: how drafts are verified, see generation/jacobi.py
+    jacobi_init: str  # repeat | horizontal | vertical | random: the first drafts
     seed: int
 
 
@@ -251,6 +254,8 @@ CHOICES = {
     "vq.view": VIEWS,
     "vq.answer_view": VIEWS,
     "sample.budget": ("answer", "segment"),
+    "sample.jacobi_rule": ("speculative", "gumbel"),
+    "sample.jacobi_init": ("repeat", "horizontal", "vertical", "random"),
     "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
@@ -297,6 +302,9 @@ ADDED = {
     "train.residual_dropout": 0.0,
     "train.fisher_every": 0,
     "optim.schedule": "run",
+    "sample.jacobi_window": 0,
+    "sample.jacobi_rule": "gumbel",
+    "sample.jacobi_init": "vertical",
     "run.stages": [],
     "vq.view": "released",
     "vq.answer_view": "released",

@@ -21,6 +21,9 @@ guidance formula therefore needs no special cases.
 `decode_chunk` is compiled for a `DecodeConfig`, a cache, a number of slots (`width`), a number of
 cache positions to attend to (`span`), and the kinds of tokens that are sampled: text only while no
 row is in an image. The sampling options are arrays with one value per row.
+
+With `DecodeConfig.jacobi` a row in an image is fed a window of tokens per step, the next one and
+drafts after it, and generates from one code to as many (jacobi.py). In text it is fed one.
 """
 
 import functools
@@ -34,7 +37,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from medmax_jax import sharding
 from medmax_jax.config import Vocab
-from medmax_jax.generation import grammar, sampling, sampling_params
+from medmax_jax.generation import grammar, jacobi, sampling, sampling_params
 from medmax_jax.generation.sampling_params import DecodeConfig, SamplingParams
 from medmax_jax.models import kv_cache
 from medmax_jax.models import vocab as ids
@@ -53,6 +56,7 @@ class SequenceState(NamedTuple):
     budget: Int[Array, "N"]  # text tokens, with BOI and EOS, without codes and EOI
     text_tokens_used: Int[Array, "N"]
     count: Int[Array, "N"]  # tokens generated
+    steps: Int[Array, "N"]  # passes of the model for it
     seed: UInt32[Array, "N"]  # of all samples of a caller
     sample_seed: Int[Array, "N"]  # identifies the sample; random numbers derive from both
     done: Bool[Array, "N"]  # or the row is unused
@@ -70,6 +74,7 @@ def empty_rows(batch_size: int) -> SequenceState:
         budget=zeros(),
         text_tokens_used=zeros(),
         count=zeros(),
+        steps=zeros(),
         seed=zeros(dtype=np.uint32),
         sample_seed=zeros(),
         done=~zeros(dtype=bool),
@@ -86,6 +91,7 @@ class LoopState(NamedTuple):
     out: Int[Array, "N C"]
     opened: Bool[Array, ""]
     cache: kv_cache.Cache
+    drafts: jacobi.Drafts | None
 
 
 @functools.partial(sharding.jit, static_argnames="span", donate_argnames="cache")
@@ -152,7 +158,7 @@ def score_tokens(
 @functools.partial(
     sharding.jit,
     static_argnames=("config", "width", "span", "draws"),
-    donate_argnames=("cache", "seen"),
+    donate_argnames=("cache", "seen", "drafts"),
 )
 def decode_chunk(
     model: Chameleon,
@@ -160,35 +166,48 @@ def decode_chunk(
     cache: kv_cache.Cache,
     rows: SequenceState,
     seen: Bool[Array, "N V"],
+    drafts: jacobi.Drafts | None,
     params: SamplingParams,
     *,
     config: DecodeConfig,
     width: int,
     span: int,
     draws: str,
-) -> tuple[kv_cache.Cache, SequenceState, Bool[Array, "N V"], Int[Array, "N C"]]:
-    """Generate up to config.chunk more tokens per row; `out` holds them, left-aligned.
+) -> tuple[
+    kv_cache.Cache, SequenceState, Bool[Array, "N V"], jacobi.Drafts | None, Int[Array, "N C"]
+]:
+    """Run up to config.chunk steps; `out` holds the new tokens of each row, left-aligned.
 
     Args:
+        drafts: of the open images; None where config.jacobi is.
         width: the number of slots that run, the first ones of each shard.
         span: cache positions to attend to.
         draws: the kinds of tokens that are sampled: "text", "codes" or "both".
     """
     keys = sampling.sequence_keys(rows.seed, rows.sample_seed)
+    window = config.jacobi.window if config.jacobi else 1
     state = LoopState(
         step=jnp.int32(0),
         rows=rows,
         seen=seen,
-        out=jnp.full((len(rows.token), config.chunk), ids.PAD, jnp.int32),
+        out=jnp.full((len(rows.token), config.chunk * window), ids.PAD, jnp.int32),
         opened=jnp.bool_(False),
         cache=cache,
+        drafts=drafts,
     )
+
+    def runs(state: LoopState) -> Bool[Array, ""]:
+        active = _active(state.rows)
+        last = state.rows.positions[:, FULL] + tokens_fed(state.rows.image_tokens_left, window)
+        fits = (~active | (last <= span)).all()
+        return (state.step < config.chunk) & ~state.opened & active.any() & fits
+
     state = jax.lax.while_loop(
-        lambda s: (s.step < config.chunk) & ~s.opened & _active(s.rows).any(),
-        lambda s: _step(model, layers, s, params, keys, config, width, span, draws),
+        runs,
+        lambda s: _step(model, layers, s, rows.count, params, keys, config, width, span, draws),
         state,
     )
-    return state.cache, state.rows, state.seen, state.out
+    return state.cache, state.rows, state.seen, state.drafts, state.out
 
 
 def lower_decode(
@@ -215,11 +234,28 @@ def lower_decode(
         )
     )
     seen = jax.ShapeDtypeStruct((batch_size, config.vocab.size), jnp.bool_)
-    cache, rows, seen, params = with_shardings((cache, rows, seen, params))
+    drafts = jax.eval_shape(lambda: empty_drafts(batch_size, config))
+    cache, rows, seen, drafts, params = with_shardings((cache, rows, seen, drafts, params))
     return decode_chunk.lower(
-        like, None, cache, rows, seen, params,
+        like, None, cache, rows, seen, drafts, params,
         config=config, width=num_slots // _shards(), span=cache_length, draws=draws,
     )  # fmt: skip
+
+
+def empty_drafts(batch_size: int, config: DecodeConfig) -> jacobi.Drafts | None:
+    """Return the drafts of rows without an image."""
+    if config.jacobi is None:
+        return None
+    kinds = config.vocab.image_codes
+    return jacobi.empty_drafts(config.jacobi, batch_size, codes=config.codes, kinds=kinds)
+
+
+def tokens_fed(image_tokens_left, window: int):
+    """Return how many tokens a step feeds to each row: no drafts past the image, none in text.
+
+    Works on arrays of numpy and of JAX.
+    """
+    return (image_tokens_left - 1).clip(1, window)
 
 
 def stream_positions(
@@ -253,6 +289,7 @@ def _step(
     model: Chameleon,
     layers: kv_cache.UnstackedLayers | None,
     state: LoopState,
+    start: Int[Array, "N"],
     params: SamplingParams,
     keys: Key[Array, "N"],
     config: DecodeConfig,
@@ -260,23 +297,36 @@ def _step(
     span: int,
     draws: str,
 ) -> LoopState:
+    """Run the model once; `start`: the tokens of each row that precede `out`."""
     rows, active = state.rows, _active(state.rows)
     stored = stream_positions(rows.token, rows.positions, rows.slots, config.vocab)
     stored = jnp.where(active[:, None], stored, -1)
-    positions = jnp.where(stored >= 0, stored + 1, rows.positions)
     slot_rows = _slot_rows(rows.slots, state.cache, width)
-    logits, cache = _logits(
-        model, layers, rows.token, stored, slot_rows, state.cache, width=width, span=span
+    drafts, noise, inputs = state.drafts, None, rows.token[:, None]
+    if drafts is not None:
+        drafts, noise, inputs = _add_drafts(rows, drafts, keys, config)
+    fed = tokens_fed(rows.image_tokens_left, inputs.shape[1])
+    hidden, cache = _hidden(
+        model, layers, inputs, stored, fed, slot_rows, state.cache, width=width, span=span
     )
-    token = _next(logits, slot_rows, positions[:, FULL], state, params, keys, config, draws)
+    tokens, accepted, drafts = _next(
+        model, hidden, slot_rows, state, drafts, noise, params, keys, config, draws
+    )
+    accepted = jnp.where(active, accepted, 0)
+    token = jnp.take_along_axis(tokens, accepted[:, None] - 1, axis=1)[:, 0]
+    positions = jnp.where(stored >= 0, stored + accepted[:, None], rows.positions)
 
     in_text = rows.image_tokens_left == 0
-    left = grammar.advance(rows.image_tokens_left, token, codes=config.codes)
+    left = grammar.advance(rows.image_tokens_left - (accepted - 1), token, codes=config.codes)
     used = rows.text_tokens_used + in_text
     context = state.cache.k.shape[3]
     over, used = _over(rows, params, token, left, used, positions[:, FULL], context)
     opens = active & in_text & (token == ids.BOI) & ~over
     keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
+    order = jnp.arange(tokens.shape[1])
+    at = jnp.where(
+        order < accepted[:, None], (rows.count - start)[:, None] + order, state.out.shape[1]
+    )
     return LoopState(
         step=state.step + 1,
         rows=rows._replace(
@@ -284,14 +334,17 @@ def _step(
             positions=positions,
             image_tokens_left=keep(left, rows.image_tokens_left),
             text_tokens_used=keep(used, rows.text_tokens_used),
-            count=rows.count + active,
+            count=rows.count + accepted,
+            steps=rows.steps + active,
             done=rows.done | (active & over),
             needs_guidance_slots=rows.needs_guidance_slots | opens,
         ),
+        # without all codes of a window but the last: text has none
         seen=state.seen | (active[:, None] & (token[:, None] == jnp.arange(config.vocab.size))),
-        out=state.out.at[:, state.step].set(jnp.where(active, token, ids.PAD)),
+        out=state.out.at[jnp.arange(len(at))[:, None], at].set(tokens, mode="drop"),
         opened=state.opened | opens.any(),
         cache=cache,
+        drafts=drafts,
     )
 
 
@@ -315,40 +368,71 @@ def _slot_rows(slots: Int[Array, "N 3"], cache: kv_cache.Cache, width: int) -> I
     return jnp.where(slots >= 0, shard * width + index, shards * width)
 
 
-def _logits(
-    model: Chameleon, layers, token, positions, slot_rows, cache, *, width: int, span: int
-) -> tuple[Float[Array, "B V"], kv_cache.Cache]:
-    """Feed one token to every stream; each device gets all logits and samples identically."""
-    count = _shards() * width
-    every = jnp.broadcast_to(token[:, None], slot_rows.shape)
-    inputs = jnp.zeros(count, jnp.int32).at[slot_rows].set(every, mode="drop")
-    at = jnp.full(count, -1, jnp.int32).at[slot_rows].set(positions, mode="drop")
-    inputs, at = _split(inputs[:, None], at[:, None])
-    hidden, cache = kv_cache.decode(model, inputs, cache, at, slots=None, span=span, layers=layers)
-    return jax.sharding.reshard(model.logits(hidden), P(None, None, None))[:, 0], cache
+def _add_drafts(
+    rows: SequenceState, drafts: jacobi.Drafts, keys: Key[Array, "N"], config: DecodeConfig
+) -> tuple[jacobi.Drafts, Array, Int[Array, "N W"]]:
+    """Return drafts for a complete window, the random numbers of its draws, and the tokens."""
+    kinds, opened = config.vocab.image_codes, rows.image_tokens_left == config.codes + 1
+    noise = jacobi.draw_noise(config.jacobi, keys, rows.count, rows.steps, kinds=kinds)
+    drafts = drafts._replace(count=jnp.where(opened, 0, drafts.count))
+    drafts = jacobi.fill(config.jacobi, drafts, _settled(rows, config), noise, kinds=kinds)
+    codes = jacobi.window_codes(config.jacobi, drafts, _settled(rows, config))
+    inputs = jnp.concatenate([rows.token[:, None], ids.IMAGE_START + codes[:, :-1]], axis=1)
+    return drafts, noise, inputs
+
+
+def _settled(rows: SequenceState, config: DecodeConfig) -> Int[Array, "N"]:
+    """Return the codes of the open image; all of them in rows without one."""
+    return jnp.minimum(config.codes + 1 - rows.image_tokens_left, config.codes)
+
+
+def _hidden(
+    model: Chameleon, layers, inputs, positions, fed, slot_rows, cache, *, width: int, span: int
+) -> tuple[Float[Array, "B W D"], kv_cache.Cache]:
+    """Feed the first `fed` inputs of each row to every stream, from `positions` on."""
+    count, window = _shards() * width, inputs.shape[1]
+    order = jnp.arange(window)
+    every = jnp.broadcast_to(inputs[:, None], (*slot_rows.shape, window))
+    real = (positions >= 0)[..., None] & (order < fed[:, None, None])
+    places = jnp.where(real, positions[..., None] + order, -1)
+    inputs = jnp.zeros((count, window), jnp.int32).at[slot_rows].set(every, mode="drop")
+    at = jnp.full((count, window), -1, jnp.int32).at[slot_rows].set(places, mode="drop")
+    inputs, at = _split(inputs, at)
+    return kv_cache.decode(model, inputs, cache, at, slots=None, span=span, layers=layers)
 
 
 def _next(
-    logits: Float[Array, "B V"],
+    model: Chameleon,
+    hidden: Float[Array, "B W D"],
     slot_rows: Int[Array, "N 3"],
-    length: Int[Array, "N"],
     state: LoopState,
+    drafts: jacobi.Drafts | None,
+    noise: Array | None,
     params: SamplingParams,
     keys: Key[Array, "N"],
     config: DecodeConfig,
     draws: str,
-) -> Int[Array, "N"]:
-    """Return a text token, a code or EOI, depending on the grammar state of the row."""
+) -> tuple[Int[Array, "N W"], Int[Array, "N"], jacobi.Drafts | None]:
+    """Return a text token, codes or EOI by the grammar state of the row, and how many are valid.
+
+    Each device gets all logits and samples identically.
+    """
     rows = state.rows
-    text = image = jnp.full_like(rows.token, ids.EOI)
+    text = jnp.full_like(rows.token, ids.EOI)
+    codes, accepted = text[:, None], jnp.ones_like(text)
     if draws != "codes":
+        logits = jax.sharding.reshard(model.logits(hidden[:, :1]), P(None, None, None))[:, 0]
         full = logits.at[slot_rows[:, FULL]].get(mode="clip")
-        text = _text(full, length, state, params, keys, config)
+        text = _text(full, rows.positions[:, FULL] + 1, state, params, keys, config)
     if draws != "text":
-        image = _code(logits, slot_rows, rows, params, keys, config)
-    return jnp.where(
-        rows.image_tokens_left == 0, text, jnp.where(rows.image_tokens_left == 1, ids.EOI, image)
-    )
+        logits = jax.sharding.reshard(model.logits(hidden), P(None, None, None))
+        logits = logits[..., ids.IMAGE_START : ids.IMAGE_START + config.vocab.image_codes]
+        logits = _guided(logits, slot_rows, rows, params, config)
+        codes, accepted, drafts = _codes(logits, rows, drafts, noise, params, keys, config)
+    outside = jnp.where(rows.image_tokens_left == 0, text, ids.EOI)
+    in_image = rows.image_tokens_left > 1
+    tokens = jnp.where(in_image[:, None], codes, outside[:, None])
+    return tokens, jnp.where(in_image, accepted, 1), drafts
 
 
 def _text(
@@ -375,34 +459,55 @@ def _text(
     return jnp.where(params.text_greedy, best, sampled)
 
 
-def _code(
-    logits: Float[Array, "B V"],
+def _guided(
+    logits: Float[Array, "B W K"],
     slot_rows: Int[Array, "N 3"],
     rows: SequenceState,
     params: SamplingParams,
-    keys,
-    config,
-) -> Int[Array, "N"]:
-    """Return one code for all streams, from their guided logits; top_p sorts only image ids."""
-    logits = logits[:, ids.IMAGE_START : ids.IMAGE_START + config.vocab.image_codes]
+    config: DecodeConfig,
+) -> Float[Array, "N W K"]:
+    """Return one distribution of the code for all streams; greedy rows: -inf but for the best."""
     full, unconditional, image_only = (
         logits.at[slot_rows[:, stream]].get(mode="clip")
         for stream in (FULL, UNCONDITIONAL, IMAGE_ONLY)
     )
-    present = (rows.slots >= 0)[:, :, None]
+    present = (rows.slots >= 0)[:, :, None, None]
     unconditional = jnp.where(present[:, UNCONDITIONAL], unconditional, full)
     image_only = jnp.where(present[:, IMAGE_ONLY], image_only, unconditional)
+    shape, window = full.shape, full.shape[1]
+    flat = lambda x: x.reshape(-1, shape[-1])  # noqa: E731
+    each = lambda option: jnp.repeat(option, window)[:, None]  # noqa: E731
     guided = sampling.apply_guidance(
-        full,
-        unconditional,
-        image_only,
-        scale_text=params.scale_text[:, None],
-        scale_image=params.scale_image[:, None],
+        flat(full),
+        flat(unconditional),
+        flat(image_only),
+        scale_text=each(params.scale_text),
+        scale_image=each(params.scale_image),
     )
-    best = jnp.argmax(guided, axis=-1)
+    best = jnp.argmax(guided, axis=-1, keepdims=True) == jnp.arange(shape[-1])
+    best = jnp.where(best, 0.0, -jnp.inf)
     if config.image_greedy:
-        return ids.IMAGE_START + best
-    guided = sampling.apply_temperature(guided, params.image_temperature[:, None])
-    guided = sampling.top_p(guided, params.image_top_p[:, None])
-    sampled = sampling.sample_tokens(guided, keys, rows.count)
-    return ids.IMAGE_START + jnp.where(params.image_greedy, best, sampled)
+        return best.reshape(shape)
+    guided = sampling.apply_temperature(guided, each(params.image_temperature))
+    guided = sampling.top_p(guided, each(params.image_top_p))
+    return jnp.where(each(params.image_greedy), best, guided).reshape(shape)
+
+
+def _codes(
+    logits: Float[Array, "N W K"],
+    rows: SequenceState,
+    drafts: jacobi.Drafts | None,
+    noise: Array | None,
+    params: SamplingParams,
+    keys: Key[Array, "N"],
+    config: DecodeConfig,
+) -> tuple[Int[Array, "N W"], Int[Array, "N"], jacobi.Drafts | None]:
+    """Return the codes that follow in each row, how many are settled, and the next drafts."""
+    if drafts is None:
+        codes = jnp.argmax(logits[:, 0], axis=-1)
+        if not config.image_greedy:
+            codes = sampling.sample_tokens(logits[:, 0], keys, rows.count)
+        return ids.IMAGE_START + codes[:, None], jnp.ones_like(rows.count), None
+    settled, limit = _settled(rows, config), jnp.maximum(rows.image_tokens_left - 1, 1)
+    codes, accepted, drafts = jacobi.verify(config.jacobi, drafts, settled, logits, noise, limit)
+    return ids.IMAGE_START + codes, accepted, drafts

@@ -12,11 +12,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from medmax_jax.config import Sample, Vocab
-from medmax_jax.generation import grammar
+from medmax_jax.generation import grammar, jacobi
 from medmax_jax.generation.requests import MAX_NUMBER, MIN_NUMBER, GenerateError, Request
 from medmax_jax.models import vocab as ids
 
-CHUNK = 16  # tokens per row between two synchronizations with the host
+CHUNK = 16  # passes of the model between two synchronizations with the host
+CHOICES = {
+    "budget": ("answer", "segment"),
+    "jacobi_rule": jacobi.RULES,
+    "jacobi_init": jacobi.INITS,
+}
 
 
 class SamplingParams(NamedTuple):
@@ -41,12 +46,13 @@ class SamplingParams(NamedTuple):
 class DecodeConfig:
     """The static options of the compiled programs, in addition to sizes."""
 
-    chunk: int  # tokens between two synchronizations with the host
+    chunk: int  # passes of the model between two synchronizations with the host
     codes: int  # per image
     vocab: Vocab
     text_greedy: bool  # in all rows, which saves sorting for top_p
     image_greedy: bool  # in all rows
     barred: tuple[int, ...]  # ids that text never contains (Tokenizer.barred)
+    jacobi: jacobi.JacobiConfig | None  # of images; None: one code per pass of the model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,11 @@ def resolve(
         barred: ids that are never generated as text, `Tokenizer.barred` of the model's tokenizer.
     """
     check_sample(sample)
+    if mode != "text" and sample.jacobi_window > codes:
+        raise GenerateError(
+            f"sample.jacobi_window is {sample.jacobi_window}; it must be at most the {codes} codes "
+            "of an image"
+        )
     return DecodeSettings(
         mode=grammar.check_mode(mode),
         params=SamplingParams(
@@ -96,8 +107,17 @@ def resolve(
             text_greedy=sample.text_greedy,
             image_greedy=sample.image_greedy,
             barred=barred,
+            jacobi=_jacobi(sample),
         ),
         guidance=_guidance(sample.guidance_scale_text, sample.guidance_scale_image),
+    )
+
+
+def _jacobi(sample: Sample) -> jacobi.JacobiConfig | None:
+    if not sample.jacobi_window:
+        return None
+    return jacobi.JacobiConfig(
+        window=sample.jacobi_window, rule=sample.jacobi_rule, init=sample.jacobi_init
     )
 
 
@@ -173,5 +193,10 @@ def check_sample(sample: Sample) -> None:
             f"sample.repetition_penalty is {sample.repetition_penalty} and sample.max_gen_len is "
             f"{sample.max_gen_len}; they must be at least {MIN_NUMBER:g} and 1"
         )
-    if sample.budget not in ("answer", "segment"):
-        raise GenerateError(f"sample.budget is {sample.budget!r}; it must be answer or segment")
+    if sample.jacobi_window < 0 or sample.jacobi_window == 1:
+        raise GenerateError(
+            f"sample.jacobi_window is {sample.jacobi_window}; it must be 0 or at least 2"
+        )
+    for name, allowed in CHOICES.items():
+        if (value := getattr(sample, name)) not in allowed:
+            raise GenerateError(f"sample.{name} is {value!r}; it must be {' or '.join(allowed)}")

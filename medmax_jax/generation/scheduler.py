@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from medmax_jax.generation import buckets, decode_loop, engine, sampling_params
+from medmax_jax.generation import buckets, decode_loop, engine, jacobi, sampling_params
 from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.generation.decode_loop import SequenceState
 from medmax_jax.generation.engine import Engine, EngineSizes
@@ -37,6 +37,7 @@ class RequestOutput:
     index: int
     tokens: np.ndarray  # all tokens, EOS included; image mode: only the codes
     done: bool
+    steps: int  # passes of the model so far, without the prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +75,7 @@ class RequestBatch:
     running: list[RunningRequest | None]  # by row
     rows: SequenceState
     params: SamplingParams  # by row
+    drafts: jacobi.Drafts | None  # by row, on the device; None until they are needed
 
 
 def open_batch(e: Engine) -> RequestBatch:
@@ -85,6 +87,7 @@ def open_batch(e: Engine) -> RequestBatch:
         running=[None] * count,
         rows=decode_loop.empty_rows(count),
         params=sampling_params.empty_params(count),
+        drafts=None,
     )
 
 
@@ -172,7 +175,7 @@ def _admit(batch: RequestBatch) -> None:
         for of_rows, option in zip(batch.params, queued.settings.params, strict=True):
             of_rows[row] = option
         rows.token[row], rows.seed[row] = request.tokens[-1], queued.seed
-        rows.sample_seed[row], rows.count[row] = request.sample_seed, 0
+        rows.sample_seed[row], rows.count[row], rows.steps[row] = request.sample_seed, 0, 0
         rows.budget[row], rows.text_tokens_used[row] = request.budget, 0
         rows.slots[row], rows.positions[row] = slots_of_row, (len(request.tokens) - 1, 0, 0)
         opens = request.tokens[-1] == ids.BOI
@@ -219,14 +222,20 @@ def _run(batch: RequestBatch) -> Int[np.ndarray, "N C"]:
     highest = int((used[used >= 0] % table.slots_per_shard).max()) + 1
     primary_slots = -(-e.sizes.batch_size // table.shards)
     width = _active_slots_bucket(highest, primary_slots, table.slots_per_shard)
-    longest = int(rows.positions[busy].max()) + config.chunk
-    span = buckets.kv_length_bucket(longest, e.sizes.cache_length)
+    window = config.jacobi.window if config.jacobi else 1
+    fed = decode_loop.tokens_fed(rows.image_tokens_left, window)
+    longest = rows.positions + np.maximum(fed, config.chunk)[:, None]
+    span = buckets.kv_length_bucket(int(longest[busy].max()), e.sizes.cache_length)
     e.programs.add(("decode_chunk", config, width, span, draws))
     with jax.set_mesh(e.mesh):
-        e.cache, rows, e.seen, out = decode_loop.decode_chunk(
-            e.model, e.layers, e.cache, rows, e.seen, batch.params,
+        drafts = None
+        if config.jacobi:
+            drafts = batch.drafts or decode_loop.empty_drafts(e.sizes.batch_size, config)
+        e.cache, rows, e.seen, drafts, out = decode_loop.decode_chunk(
+            e.model, e.layers, e.cache, rows, e.seen, drafts, batch.params,
             config=config, width=width, span=span, draws=draws,
         )  # fmt: skip
+        batch.drafts = drafts or batch.drafts
     rows, out = jax.device_get((rows, out))
     batch.rows = jax.tree.map(np.array, rows)
     return out
@@ -237,8 +246,10 @@ def _program(batch: RequestBatch, busy: Bool[np.ndarray, "N"]) -> tuple[DecodeCo
     params, in_image = batch.params, busy & (batch.rows.image_tokens_left > 0)
     only_codes = params.ends_with_codes[busy].all()
     draws = "text" if not in_image.any() else "codes" if only_codes else "both"
+    config = next(filter(None, batch.running)).settings.config
     return dataclasses.replace(
-        next(filter(None, batch.running)).settings.config,
+        config,
+        jacobi=None if draws == "text" else config.jacobi,
         text_greedy=bool(params.text_greedy[busy & ~params.ends_with_codes].all()),
         image_greedy=bool(params.image_greedy[in_image].all()),
     ), draws
@@ -254,7 +265,9 @@ def _collect_outputs(batch: RequestBatch, out: Int[np.ndarray, "N C"]) -> list[R
         request.out += new
         if new:
             tokens = np.array(request.out, np.int32)
-            outputs.append(RequestOutput(request.index, tokens, bool(rows.done[row])))
+            outputs.append(
+                RequestOutput(request.index, tokens, bool(rows.done[row]), int(rows.steps[row]))
+            )
         if rows.done[row]:
             _release_slots(e, request, rows.positions[row], range(3))
             running[row], rows.slots[row] = None, -1

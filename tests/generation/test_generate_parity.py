@@ -19,7 +19,8 @@ SAMPLE = Sample(
     text_temperature=1.0, text_top_p=1.0, text_greedy=True,
     repetition_penalty=generate_cases.PENALTY, image_temperature=1.0, image_top_p=1.0,
     image_greedy=True, guidance_scale_text=3.0, guidance_scale_image=1.2,
-    max_gen_len=generate_cases.NEW, budget="answer", boi_ends=False, seed=0,
+    max_gen_len=generate_cases.NEW, budget="answer", boi_ends=False,
+    jacobi_window=0, jacobi_rule="gumbel", jacobi_init="vertical", seed=0,
 )  # fmt: skip
 NOISE = 1e-3  # of a logit in fp32: closer choices are ambiguous
 

@@ -57,6 +57,9 @@ SAMPLE = Sample(
     max_gen_len=12,
     budget="answer",
     boi_ends=False,
+    jacobi_window=0,
+    jacobi_rule="gumbel",
+    jacobi_init="vertical",
     seed=0,
 )
 DRAWN = dataclasses.replace(SAMPLE, text_greedy=False, text_temperature=1.3)
