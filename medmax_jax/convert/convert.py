@@ -110,8 +110,6 @@ def convert(
                 "adapter's change; keep the adapter separate (--format peft or native)"
             )
         checkpoint = adapters.merged(checkpoint, adapter)
-        vq = with_views_of(checkpoint.vq, adapter.facts.get("config"))
-        checkpoint = dataclasses.replace(checkpoint, vq=vq)
     return _write_model(checkpoint, adapter, identity, destination)
 
 
