@@ -422,10 +422,15 @@ def check_vq(vq: VQ) -> None:
 
 
 def with_views_of(vq: VQ, run: Any) -> VQ:
-    """Return `vq` with the views of a run's config as JSON has it, where that states any."""
+    """Return `vq` with the views of a run's config as JSON has it, where that states any.
+
+    Raises ConfigError where they are no views.
+    """
     stated = run.get("vq") if isinstance(run, dict) else None
     names = {"view", "answer_view"} & set(stated) if isinstance(stated, dict) else ()
-    return dataclasses.replace(vq, **{name: stated[name] for name in names})
+    changed = build(VQ, dataclasses.asdict(vq) | {name: stated[name] for name in names})
+    check_vq(changed)
+    return changed
 
 
 def view_text(settings: Any) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 
 from medmax_jax.checkpoints import export, manager
 from medmax_jax.checkpoints.resume import config_sections
-from medmax_jax.config import BOUNDS, ConfigError, Lora, build, to_dict
+from medmax_jax.config import BOUNDS, ConfigError, Lora, build, to_dict, with_views_of
 from medmax_jax.convert import safetensors_stream
 from medmax_jax.convert.state_dict import (
     DTYPES,
@@ -496,11 +496,15 @@ SAMPLED_MATRICES, SAMPLED_ROWS = 8, 64  # in kept_share
 
 
 def merged(base: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """Return the base with the adapter merged into its matrices, each in its own dtype."""
+    """Return the base with the adapter merged into its matrices, each in its own dtype.
+
+    Its images have the views that the adapter was trained on.
+    """
     language = dict(base.language)
     for name, (a, b) in adapter.matrices.items():
         language[name] = _sum(language[name], a, b, np.float32(adapter.scale(name)))
-    return dataclasses.replace(base, language=language)
+    vq = with_views_of(base.vq, adapter.facts.get("config"))
+    return dataclasses.replace(base, language=language, vq=vq)
 
 
 def kept_share(base: Checkpoint, adapter: Adapter) -> float:

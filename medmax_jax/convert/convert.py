@@ -12,7 +12,7 @@ from medmax_jax.checkpoints.torch_unpickler import PthError
 from medmax_jax.config import VQ, ConfigError, view_text, with_views_of
 from medmax_jax.convert import adapters, hf, meta, model_card, native
 from medmax_jax.convert import vqgan as vqgan_layout
-from medmax_jax.convert.state_dict import Adapter, Checkpoint, ConvertError, check_settings
+from medmax_jax.convert.state_dict import Adapter, Checkpoint, ConvertError
 from medmax_jax.io.progress import ByteProgress
 from medmax_jax.models import vqgan as vqgan_network
 from medmax_jax.models.tokenizer import TokenizerError
@@ -110,9 +110,6 @@ def convert(
                 "adapter's change; keep the adapter separate (--format peft or native)"
             )
         checkpoint = adapters.merged(checkpoint, adapter)
-        vq = with_views_of(checkpoint.vq, adapter.facts.get("config"))
-        check_settings(checkpoint.model, checkpoint.vocab, vq, adapter.path)
-        checkpoint = dataclasses.replace(checkpoint, vq=vq)
     return _write_model(checkpoint, adapter, identity, destination)
 
 

@@ -148,8 +148,8 @@ def settings_of(folder: str | Path, adapter: str | Path | None) -> tuple[Model, 
             build(cls, settings.get(name))
             for cls, name in ((Model, "model"), (Vocab, "vocab"), (VQ, "vq"))
         )
-        vq = with_views_of(vq, run)
         check_model(model, vocab, vq)
+        vq = with_views_of(vq, run)
     except ConfigError as error:
         raise GenerateError(f"{adapter or file}: {error}") from error
     return model, vocab, vq

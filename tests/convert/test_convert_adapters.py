@@ -17,7 +17,7 @@ from test_convert import GOLDEN, IDS, convert, logits
 
 from medmax_jax import train
 from medmax_jax.checkpoints import export, safetensors_file
-from medmax_jax.config import Lora, Mesh
+from medmax_jax.config import ConfigError, Lora, Mesh
 from medmax_jax.convert import convert as conversion
 from medmax_jax.convert import inspect_checkpoint
 from medmax_jax.convert.state_dict import ConvertError
@@ -265,5 +265,5 @@ def test_the_view_of_a_run_is_kept_where_it_can_be(trained, tmp_path):
     assert not any("view" in line for line in said)
     settings["config"]["vq"]["view"] = "squash"
     file.write_text(json.dumps(settings))
-    with pytest.raises(ConvertError, match="vq.view is 'squash'; it must be one of released, pad"):
+    with pytest.raises(ConfigError, match="vq.view is 'squash'; it must be one of released, pad"):
         write(tmp_path / "padded", "native", base=str(model), merge_native=True)
