@@ -158,7 +158,7 @@ def test_images_in_replies_and_back_in_a_prompt(client):
 
 def test_image_generation(client):
     made = client.images.generate(model="mine", prompt="A CT.", n=2, size="4x4",
-                                  extra_body={"seed": 3})  # fmt: skip
+                                  extra_body={"seed": 3, "image_temperature": 9.0})  # fmt: skip
     pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(i.b64_json))) for i in made.data]
     assert len(pictures) == 2 and all(NOTICE in p.info["Comment"] for p in pictures)
     assert made.usage.output_tokens == 8
@@ -319,7 +319,7 @@ def test_a_full_queue_is_429_with_retry_after(server, client):
         (["--adapter=tiny=a"], "the name 'tiny' is given twice"),
         (["--host=0.0.0.0"], "so other machines can reach the server; set --api_key_env"),
         (["--api_key_env=NO_SUCH_KEY"], "has no key of at least 16 ASCII characters"),
-        (["--port=99999"], "cannot be used"),
+        (["--port=99999"], "--port is 99999; it must be 0 to 65535"),
         (["--settings=x"], "--settings: 'x' is unknown; use one of meta, medmax, medmax_eval"),
     ],
 )
