@@ -165,6 +165,22 @@ def test_image_generation(client):
     assert not np.array_equal(*pictures)
 
 
+def test_requests_as_evaluation_suites_send_them(server, client):
+    """The bodies of lmms-eval (05ed5a7, chat/openai.py) and VLMEvalKit (00006c5, api/gpt.py)."""
+    lmms_eval = dict(messages=[user(image(), QUESTION)], model="mine", max_tokens=16, temperature=0)
+    reply = client.chat.completions.create(**lmms_eval)
+    assert reply.usage.completion_tokens == 16
+    jpeg = {"type": "image_url"}
+    jpeg["image_url"] = dict(url=f"data:image/jpeg;base64,{png()}", detail="low")
+    messages = [{"role": "system", "content": "Answer."}, user(jpeg, QUESTION)]
+    vlmeval = dict(model="mine", messages=messages, n=1, temperature=0, max_tokens=16)
+    status, _, body = post(
+        server, "/chat/completions", json.dumps(vlmeval).encode(), Authorization="Bearer sk-x"
+    )
+    text = json.loads(body)["choices"][0]["message"]["content"]
+    assert status == 200 and text.strip() and text != reply.choices[0].message.content
+
+
 # Bad input: the interface's own error objects, with the field.
 
 
