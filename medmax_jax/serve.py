@@ -222,6 +222,8 @@ def _is_local(host: str) -> bool:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Return a bound socket, before the model is loaded: a port in use is reported at once."""
+    if not 0 <= port < 2**16:
+        raise GenerateError(f"--port is {port}; it must be 0 to {2**16 - 1}")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)

@@ -148,8 +148,9 @@ def _logprobs(tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
     return {
         "content": [
             {
-                "token": t.token, "logprob": t.logprob, "bytes": list(t.token.encode()),
-                "top_logprobs": [],
+                "token": t.token, "logprob": t.logprob, "top_logprobs": [],
+                # a token may be a part of a character, whose bytes its text does not show
+                "bytes": None if "\ufffd" in t.token else list(t.token.encode()),
             }
             for t in tokens
         ],

@@ -168,7 +168,9 @@ class ServedModel:
                 self._end(request, Failed(tickets.ENGINE, _message(scores)))
                 return
             ((likelihoods, _),) = scores
-            logprobs = token_logprobs(self.bundle, tokens, likelihoods, request.events.text_length)
+            logprobs = token_logprobs(
+                self.bundle, tokens, likelihoods, request.events.stopped_length
+            )
             self._end(request, dataclasses.replace(finished, logprobs=logprobs))
 
         request.scored = True
