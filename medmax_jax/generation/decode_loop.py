@@ -327,6 +327,9 @@ def _step(
     over, used = _over(rows, params, token, left, used, positions[:, FULL], context)
     opens = active & in_text & (token == ids.BOI) & ~over
     keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
+    seen = state.seen
+    if draws != "codes":  # which are never text
+        seen |= active[:, None] & (token[:, None] == jnp.arange(config.vocab.size))
     order = jnp.arange(tokens.shape[1])
     at = jnp.where(
         order < accepted[:, None], (rows.count - start)[:, None] + order, state.out.shape[1]
@@ -343,8 +346,7 @@ def _step(
             done=rows.done | (active & over),
             needs_guidance_slots=rows.needs_guidance_slots | opens,
         ),
-        # without all codes of a window but the last: text has none
-        seen=state.seen | (active[:, None] & (token[:, None] == jnp.arange(config.vocab.size))),
+        seen=seen,
         out=state.out.at[jnp.arange(len(at))[:, None], at].set(tokens, mode="drop"),
         opened=state.opened | opens.any(),
         cache=cache,
