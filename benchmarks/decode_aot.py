@@ -28,7 +28,7 @@ from step_aot import make_topology_mesh
 
 from medmax_jax import arguments, config
 from medmax_jax.configs import base
-from medmax_jax.generation import decode_loop, sampling_params
+from medmax_jax.generation import decode_loop, jacobi, sampling_params
 from medmax_jax.models import chameleon, kv_cache
 
 HBM = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}  # GiB that a program may use
@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--cache", choices=kv_cache.CACHE_DTYPES, default="model")
     parser.add_argument("--quant", choices=["none", "int8"], default="none")
+    parser.add_argument("--window", type=int, default=0, help="sample.jacobi_window")
+    parser.add_argument("--rule", choices=jacobi.RULES, default="gumbel")
     parser.add_argument("--hlo", default="", help="file for the compiled program")
     args = parser.parse_args()
     begin = time.monotonic()
@@ -62,6 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     machine = make_topology_mesh(args.topology, args.mesh)
     shards = machine.shape["data"] * machine.shape["fsdp"]
     num_slots = -(-STREAMS[args.mode] * args.rows // shards) * shards
+    settings.sample.update(jacobi_window=args.window, jacobi_rule=args.rule)
     sample = config.build(config.Sample, settings.sample)
     decode = sampling_params.resolve(sample, vocab, mode=args.mode, codes=1_024).config
     draws = {"text": "text", "image": "codes", "mixed": "both"}[args.mode]

@@ -185,6 +185,7 @@ def decode_chunk(
         draws: the kinds of tokens that are sampled: "text", "codes" or "both".
     """
     keys = sampling.sequence_keys(rows.seed, rows.sample_seed)
+    head = None if draws == "text" else model.image_head()
     window = config.jacobi.window if config.jacobi else 1
     state = LoopState(
         step=jnp.int32(0),
@@ -204,7 +205,9 @@ def decode_chunk(
 
     state = jax.lax.while_loop(
         runs,
-        lambda s: _step(model, layers, s, rows.count, params, keys, config, width, span, draws),
+        lambda s: _step(
+            model, layers, head, s, rows.count, params, keys, config, width, span, draws
+        ),
         state,
     )
     return state.cache, state.rows, state.seen, state.drafts, state.out
@@ -288,6 +291,7 @@ def _split(*arrays: Array) -> list[Array]:
 def _step(
     model: Chameleon,
     layers: kv_cache.UnstackedLayers | None,
+    head: Float[Array, "D K"] | None,
     state: LoopState,
     start: Int[Array, "N"],
     params: SamplingParams,
@@ -310,7 +314,7 @@ def _step(
         model, layers, inputs, stored, fed, slot_rows, state.cache, width=width, span=span
     )
     tokens, accepted, drafts = _next(
-        model, hidden, slot_rows, state, drafts, noise, params, keys, config, draws
+        model, head, hidden, slot_rows, state, drafts, noise, params, keys, config, draws
     )
     accepted = jnp.where(active, accepted, 0)
     token = jnp.take_along_axis(tokens, accepted[:, None] - 1, axis=1)[:, 0]
@@ -323,6 +327,9 @@ def _step(
     over, used = _over(rows, params, token, left, used, positions[:, FULL], context)
     opens = active & in_text & (token == ids.BOI) & ~over
     keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
+    seen = state.seen
+    if draws != "codes":  # which are never text
+        seen |= active[:, None] & (token[:, None] == jnp.arange(config.vocab.size))
     order = jnp.arange(tokens.shape[1])
     at = jnp.where(
         order < accepted[:, None], (rows.count - start)[:, None] + order, state.out.shape[1]
@@ -339,8 +346,7 @@ def _step(
             done=rows.done | (active & over),
             needs_guidance_slots=rows.needs_guidance_slots | opens,
         ),
-        # without all codes of a window but the last: text has none
-        seen=state.seen | (active[:, None] & (token[:, None] == jnp.arange(config.vocab.size))),
+        seen=seen,
         out=state.out.at[jnp.arange(len(at))[:, None], at].set(tokens, mode="drop"),
         opened=state.opened | opens.any(),
         cache=cache,
@@ -403,6 +409,7 @@ def _hidden(
 
 def _next(
     model: Chameleon,
+    head: Float[Array, "D K"] | None,
     hidden: Float[Array, "B W D"],
     slot_rows: Int[Array, "N 3"],
     state: LoopState,
@@ -425,8 +432,7 @@ def _next(
         full = logits.at[slot_rows[:, FULL]].get(mode="clip")
         text = _text(full, rows.positions[:, FULL] + 1, state, params, keys, config)
     if draws != "text":
-        logits = jax.sharding.reshard(model.logits(hidden), P(None, None, None))
-        logits = logits[..., ids.IMAGE_START : ids.IMAGE_START + config.vocab.image_codes]
+        logits = jax.sharding.reshard(model.image_logits(hidden, head), P(None, None, None))
         logits = _guided(logits, slot_rows, rows, params, config)
         codes, accepted, drafts = _codes(logits, rows, drafts, noise, params, keys, config)
     outside = jnp.where(rows.image_tokens_left == 0, text, ids.EOI)

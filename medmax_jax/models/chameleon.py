@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from medmax_jax.config import Lora, Model, Vocab
@@ -40,6 +41,7 @@ from medmax_jax.models.layers import (
     rope_angles,
 )
 from medmax_jax.models.quantization import PACKED, TILE
+from medmax_jax.models.vocab import IMAGE_START
 from medmax_jax.sharding import ACT, DOWN, HID, LOGITS, SPLIT, UP, with_shardings
 
 NO_LORA = Lora(rank=0, alpha=0.0, dropout=0.0)
@@ -230,6 +232,22 @@ class Chameleon(nnx.Module):
         """Return fp32 logits without a mask: image ids have logits like all others."""
         kernel = full_kernel(self.head()).astype(hidden.dtype)
         return matmul(hidden, kernel, LOGITS, dtype=jnp.float32)
+
+    def image_head(self) -> Float[Array, "D K"]:
+        """Return the columns of the output projection that belong to the image ids."""
+        head, codes = self.head(), self.vocab.image_codes
+        if head.image is not None:
+            return head.image
+        kernel, tp = head.kernel, jax.sharding.get_abstract_mesh().shape["tp"]
+        kernel = jax.sharding.reshard(kernel, P("fsdp", None)) if codes % tp else kernel
+        return kernel[:, IMAGE_START : IMAGE_START + codes]
+
+    def image_logits(
+        self, hidden: Float[Array, "B T D"], head: Float[Array, "D K"]
+    ) -> Float[Array, "B T K"]:
+        """Return fp32 logits of the image ids alone; `head`: the result of `image_head`."""
+        out = P(*LOGITS[:2], jax.typeof(head).sharding.spec[1])
+        return matmul(hidden, head.astype(hidden.dtype), out, dtype=jnp.float32)
 
     def head(self) -> HeadWeights:
         """Return the output projection, with separate image columns where those are trained."""
