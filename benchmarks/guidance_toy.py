@@ -1,4 +1,4 @@
-"""python benchmarks/guidance_toy.py --scratch D [--seeds 4] [--steps 500] [--out FOLDER]
+"""python benchmarks/guidance_toy.py --scratch D [--seeds 3] [--steps 500] [--out FOLDER]
 
 Trains a toy Chameleon with and without condition dropout where the guided distribution is known.
 
@@ -313,7 +313,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scratch", type=pathlib.Path, required=True, help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=4, help="trainings of each arm")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
     parser.add_argument("--steps", type=int, default=500, help="of each training")
     parser.add_argument("--images", type=int, default=500, help="decoded per condition and scale")
     parser.add_argument("--out", type=pathlib.Path, help="folder of toy.json and toy.png")
