@@ -5,8 +5,8 @@ Measures guided image generation with and without condition dropout on the embed
     train    LoRA on medmax_jax/tiny, as configs/tiny.py: the documents of the training split whose
              answer is an image, each arm of a seed for the same steps of the same rows of tokens;
              the arm with dropout has the rates of configs/medmax_7b_images.py
-    sample   each prompt "Generate ..." of the manifest, at each guidance scale, with the released
-             temperature 0.7 and top-p 0.9
+    sample   each prompt "Generate ..." that two images of the manifest or more share, at each
+             guidance scale, with the released temperature 0.7 and top-p 0.9
     measure  match      share of images whose nearest centroid is the requested modality
              KID        unbiased MMD^2 between the real and the generated images of a prompt
              diversity  mean of 1 - cosine over pairs of images of a prompt
@@ -20,6 +20,7 @@ with the charts embedded.png and samples.png.
 """
 
 import argparse
+import collections
 import itertools
 import json
 import os
@@ -162,10 +163,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 def measures(
     generated: np.ndarray, prompts: list[str], real: list[dict[str, Any]], by: modality.Centroids
 ) -> dict[str, list[float]]:
-    """Return each measure by prompt; KID only for prompts with two real images or more.
-
-    generated: features [prompts, count, F].
-    """
+    """Return each measure by prompt; generated: features [prompts, count, F]."""
     found: dict[str, list[float]] = dict(match=[], kid=[], diversity=[])
     for prompt, of_prompt in zip(prompts, generated, strict=True):
         rows = [row for row in real if row["prompt"] == prompt]
@@ -173,20 +171,36 @@ def measures(
         found["match"].append(float(np.mean([n == rows[0]["modality"] for n in nearest])))
         cosines = unit(of_prompt) @ unit(of_prompt).T
         found["diversity"].append(float(1 - cosines[np.triu_indices(len(cosines), 1)].mean()))
-        if len(rows) > 1:
-            theirs = unit(np.stack([row["features"] for row in rows]))
-            found["kid"].append(embeddings.mmd2(theirs, unit(of_prompt), gamma=1.0))
+        theirs = unit(np.stack([row["features"] for row in rows]))
+        found["kid"].append(embeddings.mmd2(theirs, unit(of_prompt), gamma=1.0))
     return found
 
 
-def held_out_match(real: list[dict[str, Any]], by: modality.Centroids) -> float:
-    """Return the share of real held-out images with the right centroid, a mean over prompts."""
-    shares: dict[str, list[bool]] = {}
+def shared_prompts(real: list[dict[str, Any]]) -> list[str]:
+    """Return the prompts of two images or more, in alphabetical order."""
+    counts = collections.Counter(row["prompt"] for row in real)
+    return sorted(prompt for prompt, count in counts.items() if count > 1)
+
+
+def centroids(real: list[dict[str, Any]]) -> modality.Centroids:
+    """Return the centroids of the training images."""
+    trained = [row for row in real if row["split"] == "train"]
+    return modality.fit_centroids(
+        [row["features"] for row in trained], [row["modality"] for row in trained]
+    )
+
+
+def real_match(real: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the share of real images with the right centroid by split, means over prompts."""
+    by, shares = centroids(real), {}
     for row in real:
-        if row["split"] != "train":
-            hit = modality.nearest_centroid(by, row["features"]) == row["modality"]
-            shares.setdefault(row["prompt"], []).append(hit)
-    return float(np.mean([np.mean(hits) for hits in shares.values()]))
+        hit = modality.nearest_centroid(by, row["features"]) == row["modality"]
+        of_split = shares.setdefault("train" if row["split"] == "train" else "held out", {})
+        of_split.setdefault(row["prompt"], []).append(hit)
+    return {
+        split: float(np.mean([np.mean(hits) for hits in prompts.values()]))
+        for split, prompts in shares.items()
+    }
 
 
 def measure(
@@ -196,11 +210,7 @@ def measure(
     dropout = arm == results.ARMS[1]
     workdir, found = train(scratch, dropout=dropout, seed=seed, steps=args.steps)
     g = model_bundle.load(MODEL, adapter=workdir, merge=True)
-    trained = [row for row in real if row["split"] == "train"]
-    by = modality.fit_centroids(
-        [row["features"] for row in trained], [row["modality"] for row in trained]
-    )
-    prompts = sorted({row["prompt"] for row in real})
+    by, prompts = centroids(real), shared_prompts(real)
     found |= dict(seed=seed, scales=[], nll=nll(g, [r for r in real if r["split"] != "train"]))
     for scale in SCALES:
         file = pathlib.Path(workdir) / f"images-{scale:g}.npz"
@@ -245,7 +255,7 @@ def summary(arms: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, A
 @charts.page_style()
 def draw_samples(scratch: pathlib.Path, g: model_bundle.ModelBundle, real, path) -> None:
     """Draw the first image of some prompts for each arm and scale, of seed 0."""
-    prompts = sorted({row["prompt"] for row in real})
+    prompts = shared_prompts(real)
     shown = [next(i for i, p in enumerate(prompts) if part in p) for part in SHOWN]
     figure, axes = charts.subplots(
         len(shown) * 2, 1 + len(SCALES), size=(7.2, 1.15 * 2 * len(shown) + 0.4)
@@ -282,7 +292,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=pathlib.Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
     parser.add_argument("--steps", type=int, default=160, help="of each training")
-    parser.add_argument("--images", type=int, default=4, help="of each prompt and scale")
+    parser.add_argument("--images", type=int, default=3, help="of each prompt and scale")
     parser.add_argument("--out", type=pathlib.Path, help="folder of embedded.json and the charts")
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
@@ -296,7 +306,8 @@ def main() -> None:
     held_out = [row for row in real if row["split"] != "train"]
     base = {stream: float(np.mean(v)) for stream, v in nll(g, held_out).items()}
     found = dict(
-        summary=summary(arms), base_nll=base, arms=arms, steps=args.steps, images=args.images,
+        summary=summary(arms), base_nll=base, real_match=real_match(real), arms=arms,
+        prompts=shared_prompts(real), steps=args.steps, images=args.images,
         seconds=round(time.perf_counter() - begin), load_average=[load, os.getloadavg()],
         environment=environment(devices=jax.devices()),
     )  # fmt: skip
