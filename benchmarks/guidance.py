@@ -1,4 +1,4 @@
-"""python benchmarks/guidance.py --scratch D [--seeds 3] [--steps 160] [--out FOLDER]
+"""python benchmarks/guidance.py --scratch D [--seeds 3] [--steps 120] [--out FOLDER]
 
 Measures guided image generation with and without condition dropout on the embedded images.
 
@@ -291,7 +291,7 @@ def main() -> None:
     )
     parser.add_argument("--scratch", type=pathlib.Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
-    parser.add_argument("--steps", type=int, default=160, help="of each training")
+    parser.add_argument("--steps", type=int, default=120, help="of each training")
     parser.add_argument("--images", type=int, default=3, help="of each prompt and scale")
     parser.add_argument("--out", type=pathlib.Path, help="folder of embedded.json and the charts")
     args = parser.parse_args()
