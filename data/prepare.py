@@ -15,7 +15,7 @@ python -m data.prepare check D [--against EVAL]    corrupt records, duplicates, 
     evaluation set: data/analysis/check.py
 python -m data.prepare stats D [--out PAGE]     contents and packing efficiency; an HTML page
 python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full rows are, and the
-    documents of one row; plan F.npz [--row 17] reads a saved plan
+    documents of one row; plan F.npz [--row 17] reads a saved plan; plan D --config C, of a run
 python -m data.prepare densify POOL --out D --documents N       the same tasks on few images, and
 python -m data.prepare decentralize POOL --out D2 --like D      on many: data/image_density.py
 python -m data.prepare who_saw HASH --in FOLDER ..    shards, plans, runs, checkpoints of an image

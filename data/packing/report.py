@@ -6,6 +6,7 @@ padded   the method of the MedMax release: one document per row, a batch as long
 """
 
 import argparse
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from medmax_jax.config import ConditionDropout, Data, Mixing
-from medmax_jax.data.packing import condition_dropout, mixing, pack, plan_file
+from medmax_jax import cli
+from medmax_jax.config import ConditionDropout, Data, Mixing, Run, from_config_dict
+from medmax_jax.data.packing import condition_dropout, mixing, pack, plan_file, stages
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.models.guidance_streams import STREAMS
+from medmax_jax.training import stages as run_stages
 
 # Documents and tasks per image of the data set IMAX (arXiv 2504.09967).
 IMAX_PER_IMAGE = {"entries": 7.46, "tasks": 4.10}
@@ -71,6 +74,30 @@ def report(
     if data.condition_dropout != ConditionDropout.off():
         summary["streams"] = condition_dropout.stream_counts(plan)
     return summary if row is None else summary | {f"row {row}": row_documents(records, plan, row)}
+
+
+def run_report(records: Records, run: Run) -> dict[str, Any]:
+    """Describe the plan of a run: of each stage its steps and settings, and its first epoch."""
+    described, plans = [], []
+    parts = stages.parts(run.data, run.mixing, run.stages)
+    for number, (data, mixing_config, first, end) in enumerate(parts):
+        epochs = mixing.epochs(records, data, mixing_config)
+        plan, steps = epochs.plan(0), int(min(end, run.train.steps)) - first
+        weights = run.stages[number].loss_weights if run.stages else run.loss.weights
+        plans.append(epochs.first.fingerprint)
+        described.append(
+            dict(
+                stage=number,
+                steps=steps,
+                epochs=round(steps * data.batch_size / len(plan), 3),
+                documents=len(plan.documents),
+                rows=len(plan),
+                fill=round(packing_efficiency(plan, data.seq_len), 4),
+                streams=condition_dropout.stream_counts(plan),
+                settings=run_stages.settings(mixing_config, data.condition_dropout, weights),
+            )
+        )
+    return dict(plan=stages.fingerprint(plans), steps=run.train.steps, stages=described)
 
 
 def packing_efficiency(plan: pack.Plan, seq_len: int) -> float:
@@ -193,7 +220,13 @@ def _per_image(image: Int[np.ndarray, "n"], task: Int[np.ndarray, "n"]) -> dict[
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add `plan`, with the flags of config.data and config.mixing."""
     planned = commands.add_parser("plan", help="show which documents share a row in a training run")
-    planned.add_argument("--seq_len", type=int, help="tokens per row; not used for a saved plan")
+    planned.add_argument(
+        "--seq_len", type=int, help="tokens per row; not used with --config or for a saved plan"
+    )
+    planned.add_argument(
+        "--config", default="", metavar="FILE.py",
+        help="config of a run, whose settings replace these flags; prints each of its stages",
+    )  # fmt: skip
     planned.add_argument(
         "--document_limit", type=int, default=0,
         help="exclude documents with more tokens; 0: the row length",
@@ -224,13 +257,17 @@ def add(commands: Any) -> argparse.ArgumentParser:
     planned.add_argument(
         "--image_centric", action="store_true", help="keep the documents of an image together"
     )
-    planned.set_defaults(run=_run_plan)
+    flags = vars(planned.parse_args([]))  # all but the folder, which prepare.py adds
+    default = {name: value for name, value in flags.items() if name != "config"}
+    planned.set_defaults(run=functools.partial(_run_plan, default=default))
     return planned
 
 
-def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
+def _run_plan(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, Any]:
     if str(args.folder).endswith(plan_file.SUFFIX):
         return _describe_saved(args)
+    if args.config:
+        return _describe_run(args, default)
     for name in ("seq_len", "batch_size"):
         if (getattr(args, name) or 0) < 1:
             raise pack.PackError(f"--{name} is {getattr(args, name)}; it must be at least 1")
@@ -249,6 +286,17 @@ def _run_plan(args: argparse.Namespace) -> dict[str, Any]:
         return summary
     plan_file.save(args.save, records, data, mixing_config, epoch=args.epoch)
     return summary | dict(saved=str(args.save))
+
+
+def _describe_run(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, Any]:
+    """Describe the plan of a run's config, with the records of the command."""
+    given = [name for name in default if getattr(args, name) != default[name]]
+    if given:
+        raise pack.PackError(
+            f"--{given[0]} and --config={args.config} are both given; a config contains the "
+            "settings of its run: use --config alone, or the other flags without it"
+        )
+    return run_report(open_records(args.folder), from_config_dict(cli.load_config(args.config)))
 
 
 def _describe_saved(args: argparse.Namespace) -> dict[str, Any]:

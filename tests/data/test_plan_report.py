@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medmax_jax.cli import load_config
+from medmax_jax.config import from_config_dict
 from medmax_jax.data import loader, prepare
 from medmax_jax.data.analysis import check
 from medmax_jax.data.packing import pack, report
@@ -126,6 +128,45 @@ def test_program_reports_the_plan_of_a_run(tmp_path, capsys):
     assert prepare.main(["stats", folder]) == 0
     # Verbatim: part of the data.
     assert "without_picture" in capsys.readouterr().out
+
+
+def write_config(path, folder, stages):
+    path.write_text(
+        "import micro_run\n\n\ndef get_config():\n"
+        f"    c = micro_run.settings(data__train={folder!r}, data__document_limit=20).unlock()\n"
+        f"    c.stages = {stages!r}\n    return c.lock()\n"
+    )
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_stages_of_a_config_are_those_of_the_run(tmp_path, capsys):
+    """Plan, rows and epochs of every stage, against the loaders of the run."""
+    folder = micro_run.write(tmp_path / "r")
+    dropped = dict(text=0.5, image=0.0, all=0.2)
+    stages = (
+        dict(steps=2, mixing=dict(by="task", weights="VQA=1")),
+        dict(steps=3, condition_dropout=dropped),
+    )
+    config = write_config(tmp_path / "staged.py", folder, stages)
+    assert prepare.main(["plan", folder, "--config", config, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    batches = loader.train_batches(from_config_dict(load_config(config)), folder)
+    assert found["plan"] == batches.plan and found["steps"] == 5
+    assert [row["steps"] for row in found["stages"]] == [2, 3]
+    for row, own in zip(found["stages"], batches._loaders, strict=True):
+        rows = len(own._epochs.first)
+        assert row["rows"] == rows and row["epochs"] == round(row["steps"] * 8 / rows, 3)
+    assert "mixing by task: VQA=1" in found["stages"][0]["settings"]
+    assert found["stages"][0]["streams"]["unconditional"] == 0
+    assert found["stages"][1]["streams"]["unconditional"] > 0
+    assert "condition_dropout text 0.5" in found["stages"][1]["settings"]
+    single = write_config(tmp_path / "plain.py", folder, ())
+    assert prepare.main(["plan", folder, "--config", single]) == 0
+    run = from_config_dict(load_config(single))
+    assert loader.train_batches(run, folder).plan in capsys.readouterr().out
+    assert prepare.main(["plan", folder, "--config", config, "--row", "0"]) == 1
+    assert "--row and --config=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
