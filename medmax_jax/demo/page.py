@@ -17,6 +17,8 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import PIL.Image
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medmax_jax.data import sample
 from medmax_jax.data.sample.manifest import read_manifest
@@ -32,6 +34,20 @@ from medmax_jax.serving.tickets import GenerationRequest, ServiceError
 
 SAMPLE = Path(sample.__file__).parent
 MAX_TEXT, MAX_TOKENS, MAX_SEED = 4_000, 512, 2**32 - 1  # characters of a question; tokens
+CONCURRENT = 16  # handlers that run at once; the service has its own limits
+FONTS, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
+NO_DOCUMENTATION = dict(docs_url=None, redoc_url=None, openapi_url=None)
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self'; frame-ancestors 'none'; form-action 'none'; base-uri 'self'"
+)
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+]
 STATED = "as the file states"  # the window that a file has itself
 # Errors whose message is all that the reader of the page needs.
 ERRORS = (AnswerError, GenerateError, ImageError, TokenizerError, ServiceError, uploads.UploadError)
@@ -74,6 +90,48 @@ def build(models: Models) -> gr.Blocks:
                 with gr.Tab("Likelihoods"):
                     _likelihoods_tab(models, windows, window)
     return page
+
+
+def launch(page: gr.Blocks, port: int) -> gr.Blocks:
+    """Serve the page on this machine only, until it is closed; raise OSError for a used port."""
+    page.queue(default_concurrency_limit=CONCURRENT)
+    # Nothing is recorded: no analytics, no history in the browser, no page of the interface. The
+    # policy keeps the browser from requests to other machines, whatever a text contains.
+    page.launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size=uploads.MAX_BYTES,
+        run_history=False,
+        footer_links=[],
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        theme=gr.themes.Default(primary_hue="teal", font=FONTS, font_mono=MONO),
+        css=markup.STYLE,
+        app_kwargs={"middleware": [Middleware(SecurityHeaders)], **NO_DOCUMENTATION},
+    )
+    return page
+
+
+class SecurityHeaders:
+    """Adds the policy of the page to every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Wrap an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and add the headers to its response."""
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *HEADERS]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
 
 
 @contextlib.contextmanager
@@ -288,8 +346,8 @@ def _reconstruct_tab(models: Models, windows: gr.State, window: gr.State) -> Non
     def reconstruct(windows, window):
         with explained():
             image = _needed(windows, window)
-            (codes,) = models.service.encode([image])
-            (decoded,) = models.service.decode([codes])
+            (codes,) = models.service.encode([image]).result()
+            (decoded,) = models.service.decode([codes]).result()
         size = decoded.width
         read = ((images.preprocess(image, size) + 1) / 2 * 255).round().astype(np.uint8)
         error = np.abs(read.astype(float) - np.asarray(decoded.convert("RGB"))).mean()
@@ -316,7 +374,7 @@ def _likelihoods_tab(models: Models, windows: gr.State, window: gr.State) -> Non
             texts = list(dict.fromkeys(line.strip() for line in options.splitlines()))
             texts = [line for line in texts if line]
             tokens = answers.prompt(models.service, [turn])
-            scores = models.service.score(models.newest, tokens, texts)
+            scores = models.service.score(models.newest, tokens, texts).result()
         rows = sorted(zip(texts, scores, strict=True), key=lambda row: -row[1].total)
         shares = _softmax([s.total for _, s in rows])
         return markup.table(
