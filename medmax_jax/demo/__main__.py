@@ -19,14 +19,16 @@ from medmax_jax.checkpoints import export
 from medmax_jax.demo import uploads
 from medmax_jax.generation import model_bundle
 from medmax_jax.generation.engine import EngineSizes
+from medmax_jax.generation.output_files import NOTICE
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.progress import report_waiting
+from medmax_jax.models import kv_cache
 from medmax_jax.serving.service import Limits, Service
 from medmax_jax.storage.folder import StorageError
 
 INSTALL = 'the page requires gradio: pip install "medmax_jax[demo]"'
 ERRORS = (ValueError, OSError, StorageError, export.ExportError)
-ROWS = 8  # answers that are generated at once
+ROWS = 2  # answers that are generated at once: a 7B model has 2 GiB of cache per slot
 QUEUE, REQUEST_S, DRAIN_S = 32, 600.0, 5.0
 
 
@@ -41,6 +43,7 @@ def _parser() -> arguments.Parser:
     add("--adapter", default="", metavar="A", help="adapter, or the workdir of the training run")
     add("--port", type=int, default=7860, help="port of 127.0.0.1")
     add("--rows", type=int, default=ROWS, help="number of answers to generate at a time")
+    add("--cache", default="model", choices=kv_cache.CACHE_DTYPES, help="dtype of the KV cache")
     add("--compile_cache", default="", metavar="D",
         help="folder of compiled programs; off: none; default: of the user's cache")  # fmt: skip
     return parser
@@ -82,7 +85,7 @@ def _serve(args: argparse.Namespace) -> None:
         batch_size=args.rows,
         num_slots=3 * args.rows,  # two more for the guidance of each image
         cache_length=base.config.context_length,
-        cache_dtype="model",
+        cache_dtype=args.cache,
     )
     service = Service(bundles, sizes, Limits(queue=QUEUE, request_s=REQUEST_S), log=print)
     try:
@@ -97,8 +100,9 @@ def _serve(args: argparse.Namespace) -> None:
         )
         with cli.Stop(together=False) as stop:
             stop.activity = "the answers that are generated now"
-            blocks = page.launch(page.build(models), args.port)
-            print(f"http://127.0.0.1:{args.port}  {page.NOTICE} Ctrl-C ends the page.", flush=True)
+            blocks = page.build(models)
+            page.launch(blocks, args.port)
+            print(f"http://127.0.0.1:{args.port}  {NOTICE} Ctrl-C ends the page.", flush=True)
             while not stop.requested:
                 time.sleep(0.2)
             blocks.close()

@@ -14,7 +14,13 @@ from medmax_jax.io import html_page
 SHOWN = 1_024  # pixels of the longer side of an image that was uploaded
 # The colors are those of gradio's theme, which has a light and a dark set.
 STYLE = """
-.gradio-container { max-width: 76rem !important; }
+.gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
+.gradio-container > main { padding: 1rem !important; }
+#examples, #examples .grid-wrap { height: auto !important; max-height: none !important;
+  min-height: 0 !important; }
+#examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); height: auto; }
+#chat .icon-button-wrapper { display: none; }
+@media (max-width: 40rem) { #chat { height: 22rem !important; } }
 .notice { border: 1px solid var(--border-color-primary); border-left: .3rem solid #b4552d;
   border-radius: .3rem; padding: .45rem .8rem; margin: .4rem 0;
   background: var(--block-background-fill); color: var(--body-text-color); }
@@ -23,13 +29,14 @@ STYLE = """
 .part p { margin: .4rem 0; color: var(--body-text-color); }
 .part .figures { display: flex; flex-wrap: wrap; gap: 1rem; }
 .part figure { margin: 0; max-width: 100%; }
-.part img { display: block; max-width: 100%; max-height: 24rem; height: auto; width: auto;
-  border-radius: .3rem; image-rendering: pixelated; }
+.part img { display: block; max-width: 100%; max-height: 24rem; height: auto;
+  object-fit: contain; border-radius: .3rem; image-rendering: pixelated; }
 .part figcaption { font-size: .85rem; margin-top: .3rem; color: var(--body-text-color); }
 .part .scroll { overflow-x: auto; }
 .part table { border-collapse: collapse; width: 100%; color: var(--body-text-color); }
-.part th, .part td { text-align: left; padding: .35rem .7rem;
-  border-bottom: 1px solid var(--border-color-primary); }
+.part caption { text-align: left; padding: .3rem 0; }
+.part th, .part td { text-align: left; padding: .35rem .7rem; border: 0 !important;
+  border-bottom: 1px solid var(--border-color-primary) !important; }
 .part td.number, .part th.number { text-align: right; font-variant-numeric: tabular-nums; }
 footer { display: none !important; }
 """

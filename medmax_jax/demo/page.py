@@ -75,9 +75,9 @@ def build(models: Models) -> gr.Blocks:
         gr.HTML(markup.head(models.facts))
         windows, window = gr.State(None), gr.State("")
         with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=280):
+            with gr.Column(scale=2, min_width=320):
                 _image_panel(windows, window)
-            with gr.Column(scale=3, min_width=320), gr.Tabs():
+            with gr.Column(scale=5, min_width=320), gr.Tabs():
                 with gr.Tab("Chat"):
                     _chat_tab(models, windows, window)
                 with gr.Tab("Image from text"):
@@ -92,7 +92,7 @@ def build(models: Models) -> gr.Blocks:
     return page
 
 
-def launch(page: gr.Blocks, port: int) -> gr.Blocks:
+def launch(page: gr.Blocks, port: int) -> None:
     """Serve the page on this machine only, until it is closed; raise OSError for a used port."""
     page.queue(default_concurrency_limit=CONCURRENT)
     # Nothing is recorded: no analytics, no history in the browser, no page of the interface. The
@@ -109,11 +109,21 @@ def launch(page: gr.Blocks, port: int) -> gr.Blocks:
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,
-        theme=gr.themes.Default(primary_hue="teal", font=FONTS, font_mono=MONO),
+        theme=_theme(),
         css=markup.STYLE,
         app_kwargs={"middleware": [Middleware(SecurityHeaders)], **NO_DOCUMENTATION},
     )
-    return page
+
+
+def _theme() -> gr.themes.Base:
+    """Return gradio's theme with the fonts of the system and a contrast of at least 4.5."""
+    return gr.themes.Default(primary_hue="teal", font=FONTS, font_mono=MONO).set(
+        color_accent="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+    )
 
 
 class SecurityHeaders:
@@ -156,9 +166,10 @@ def _image_panel(windows: gr.State, window: gr.State) -> None:
     shown = gr.HTML(markup.paragraph("No image. The tabs also work with text alone."))
     remove = gr.Button("Remove the image", size="sm", visible=False)
     rows = _examples()
+    gr.HTML(markup.paragraph("Or an example, which the shipped models were not trained on:"))
     gallery = gr.Gallery(
-        [(SAMPLE / row["file"], _caption(row)) for row in rows], label="Examples", columns=4,
-        height=220, allow_preview=False, interactive=False, buttons=[], elem_id="examples",
+        [(SAMPLE / row["file"], _caption(row)) for row in rows], label="Examples", show_label=False,
+        columns=3, allow_preview=False, interactive=False, buttons=[], elem_id="examples",
     )  # fmt: skip
     outputs = [windows, window, choice, shown, remove]
 
@@ -226,12 +237,12 @@ def _chat_tab(models: Models, windows: gr.State, window: gr.State) -> None:
     )  # fmt: skip
     with gr.Row():
         question = gr.Textbox(
-            show_label=False, placeholder="Is this a CT?", scale=4, max_length=MAX_TEXT,
-            elem_id="question", label="Question", autofocus=True,
+            show_label=False, placeholder="Is this a CT?", scale=5, max_length=MAX_TEXT,
+            elem_id="question", label="Question", container=False, min_width=200,
         )  # fmt: skip
         send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="send")
         stop = gr.Button("Stop", scale=1, min_width=90)
-        new = gr.Button("New chat", scale=1, min_width=90)
+        new = gr.Button("New chat", scale=1, min_width=120)
     with gr.Accordion("Settings", open=False):
         mode = gr.Radio(
             [("text", "text"), ("text and images", "mixed")], value="text", label="Answer"
