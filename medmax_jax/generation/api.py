@@ -187,7 +187,7 @@ def score(
     tokens = prompt_tokens(g, prompts, end_of_turn=end_of_turn)
     if len(options) != len(prompts):
         raise GenerateError(f"{len(prompts)} prompts but {len(options)} lists of options")
-    encoded = [_encode_options(g, texts, f"prompt {index}") for index, texts in enumerate(options)]
+    encoded = [encode_options(g, texts, f"prompt {index}") for index, texts in enumerate(options)]
     context, codes, longest = g.config.context_length, g.vq_config.codes_per_image, 0
     for index, (prompt, of_prompt) in enumerate(zip(tokens, encoded, strict=True)):
         where = f"prompt {index}"
@@ -217,7 +217,7 @@ def score(
     ]
 
 
-def _encode_options(
+def encode_options(
     g: ModelBundle, options: Sequence[str], where: str
 ) -> list[Int[np.ndarray, "_"]]:
     """Return the token ids of each option.

@@ -20,7 +20,7 @@ guidance formula therefore needs no special cases.
 
 `decode_chunk` is compiled for a `DecodeConfig`, a cache, a number of slots (`width`), a number of
 cache positions to attend to (`span`), and the kinds of tokens that are sampled: text only while no
-row is in an image.
+row is in an image. The sampling options are arrays with one value per row.
 """
 
 import functools
@@ -28,12 +28,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from medmax_jax import sharding
 from medmax_jax.config import Vocab
-from medmax_jax.generation import grammar, sampling
+from medmax_jax.generation import grammar, sampling, sampling_params
 from medmax_jax.generation.sampling_params import DecodeConfig, SamplingParams
 from medmax_jax.models import kv_cache
 from medmax_jax.models import vocab as ids
@@ -52,9 +53,28 @@ class SequenceState(NamedTuple):
     budget: Int[Array, "N"]  # text tokens, with BOI and EOS, without codes and EOI
     text_tokens_used: Int[Array, "N"]
     count: Int[Array, "N"]  # tokens generated
-    sample_seed: Int[Array, "N"]  # identifies the sample; its random numbers derive from it
+    seed: UInt32[Array, "N"]  # of all samples of a caller
+    sample_seed: Int[Array, "N"]  # identifies the sample; random numbers derive from both
     done: Bool[Array, "N"]  # or the row is unused
     needs_guidance_slots: Bool[Array, "N"]  # waits for slots to generate an image
+
+
+def empty_rows(batch_size: int) -> SequenceState:
+    """Return rows without a sequence, on the host."""
+    zeros = lambda *sizes, dtype=np.int32: np.zeros((batch_size, *sizes), dtype)  # noqa: E731
+    return SequenceState(
+        token=zeros(),
+        slots=zeros(3) - 1,
+        positions=zeros(3) - 1,
+        image_tokens_left=zeros(),
+        budget=zeros(),
+        text_tokens_used=zeros(),
+        count=zeros(),
+        seed=zeros(dtype=np.uint32),
+        sample_seed=zeros(),
+        done=~zeros(dtype=bool),
+        needs_guidance_slots=zeros(dtype=bool),
+    )
 
 
 class LoopState(NamedTuple):
@@ -141,7 +161,6 @@ def decode_chunk(
     rows: SequenceState,
     seen: Bool[Array, "N V"],
     params: SamplingParams,
-    key: Key[Array, ""],
     *,
     config: DecodeConfig,
     width: int,
@@ -155,7 +174,7 @@ def decode_chunk(
         span: cache positions to attend to.
         draws: the kinds of tokens that are sampled: "text", "codes" or "both".
     """
-    keys = sampling.sequence_keys(key, rows.sample_seed)
+    keys = sampling.sequence_keys(rows.seed, rows.sample_seed)
     state = LoopState(
         step=jnp.int32(0),
         rows=rows,
@@ -186,21 +205,19 @@ def lower_decode(
 
     It uses the mesh of `like`. This serves a compiler for another machine: nothing is allocated.
     """
-    shape = lambda *sizes, dtype=jnp.int32: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
-    number, three = shape(batch_size), shape(batch_size, 3)
-    flag = shape(batch_size, dtype=jnp.bool_)
-    rows = SequenceState(number, three, three, number, number, number, number, number, flag, flag)
-    params = SamplingParams(*[shape(dtype=jnp.float32)] * len(SamplingParams._fields))
+    rows, params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        (empty_rows(batch_size), sampling_params.empty_params(batch_size)),
+    )
     cache = jax.eval_shape(
         lambda: kv_cache.init_cache(
             like.config, num_slots=num_slots, cache_length=cache_length, cache_dtype=cache_dtype
         )
     )
-    seen = shape(batch_size, config.vocab.size, dtype=jnp.bool_)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    cache, rows, seen, params, key = with_shardings((cache, rows, seen, params, key))
+    seen = jax.ShapeDtypeStruct((batch_size, config.vocab.size), jnp.bool_)
+    cache, rows, seen, params = with_shardings((cache, rows, seen, params))
     return decode_chunk.lower(
-        like, None, cache, rows, seen, params, key,
+        like, None, cache, rows, seen, params,
         config=config, width=num_slots // _shards(), span=cache_length, draws=draws,
     )  # fmt: skip
 
@@ -257,7 +274,7 @@ def _step(
     left = grammar.advance(rows.image_tokens_left, token, codes=config.codes)
     used = rows.text_tokens_used + in_text
     context = state.cache.k.shape[3]
-    over, used = _over(rows, token, left, used, positions[:, FULL], config, context)
+    over, used = _over(rows, params, token, left, used, positions[:, FULL], context)
     opens = active & in_text & (token == ids.BOI) & ~over
     keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
     return LoopState(
@@ -279,16 +296,15 @@ def _step(
 
 
 def _over(
-    rows: SequenceState, token, left, used, length, config: DecodeConfig, context: int
+    rows: SequenceState, params: SamplingParams, token, left, used, length, context: int
 ) -> tuple[Array, Array]:
     """Return which rows are finished, and how much of their budget is used."""
-    if config.mode == "image":
-        return left == 1, used  # all codes are generated; EOI is not
-    if config.per_segment:
-        used = jnp.where(rows.image_tokens_left == 1, 0, used)  # EOI: a new segment
+    closes = rows.image_tokens_left == 1  # EOI: a new segment
+    used = jnp.where(params.per_segment & closes, 0, used)
     exhausted = (used >= rows.budget) | (length + 1 >= context)
     over = (left == 0) & ((token == ids.EOS) | exhausted)
-    return over | (config.stop_at_boi & (rows.image_tokens_left == 0) & (token == ids.BOI)), used
+    over |= params.stop_at_boi & (rows.image_tokens_left == 0) & (token == ids.BOI)
+    return jnp.where(params.ends_with_codes, left == 1, over), used
 
 
 def _slot_rows(slots: Int[Array, "N 3"], cache: kv_cache.Cache, width: int) -> Int[Array, "N 3"]:
@@ -344,15 +360,19 @@ def _text(
     config,
 ) -> Int[Array, "N"]:
     allowed = grammar.allowed(
-        jnp.zeros_like(length), length, vocab=config.vocab, mode=config.mode, codes=config.codes,
-        context=state.cache.k.shape[3], barred=config.barred,
+        jnp.zeros_like(length), length, params.opens_images, vocab=config.vocab,
+        codes=config.codes, context=state.cache.k.shape[3], barred=config.barred,
     )  # fmt: skip
     logits = sampling.allow_only(logits, allowed)
-    logits = sampling.apply_repetition_penalty(logits, state.seen, params.repetition_penalty)
-    if not config.text_greedy:
-        logits = sampling.apply_temperature(logits, params.text_temperature)
-        logits = sampling.top_p(logits, params.text_top_p)
-    return sampling.sample_tokens(logits, keys, state.rows.count, greedy=config.text_greedy)
+    penalty = params.repetition_penalty[:, None]
+    logits = sampling.apply_repetition_penalty(logits, state.seen, penalty)
+    best = jnp.argmax(logits, axis=-1)
+    if config.text_greedy:
+        return best
+    logits = sampling.apply_temperature(logits, params.text_temperature[:, None])
+    logits = sampling.top_p(logits, params.text_top_p[:, None])
+    sampled = sampling.sample_tokens(logits, keys, state.rows.count)
+    return jnp.where(params.text_greedy, best, sampled)
 
 
 def _code(
@@ -376,12 +396,13 @@ def _code(
         full,
         unconditional,
         image_only,
-        scale_text=params.scale_text,
-        scale_image=params.scale_image,
+        scale_text=params.scale_text[:, None],
+        scale_image=params.scale_image[:, None],
     )
-    if not config.image_greedy:
-        guided = sampling.apply_temperature(guided, params.image_temperature)
-        guided = sampling.top_p(guided, params.image_top_p)
-    return ids.IMAGE_START + sampling.sample_tokens(
-        guided, keys, rows.count, greedy=config.image_greedy
-    )
+    best = jnp.argmax(guided, axis=-1)
+    if config.image_greedy:
+        return ids.IMAGE_START + best
+    guided = sampling.apply_temperature(guided, params.image_temperature[:, None])
+    guided = sampling.top_p(guided, params.image_top_p[:, None])
+    sampled = sampling.sample_tokens(guided, keys, rows.count)
+    return ids.IMAGE_START + jnp.where(params.image_greedy, best, sampled)

@@ -161,10 +161,12 @@ def score_options(
 ) -> list[list[tuple[Float[np.ndarray, "_"], Bool[np.ndarray, "_"]]]]:
     """Return the log-likelihood of each token of each option, and whether it is the best token.
 
-    A prompt is computed once, and its options one after another in the same slot behind it.
+    A prompt is computed once, and its options one after another in the same slot behind it. At
+    least one slot must be free.
     """
     scores: list[list[Any]] = [[None] * len(of_prompt) for of_prompt in options]
-    count = min(engine.sizes.batch_size, PROMPTS_PER_CALL * engine.slot_table.shards)
+    most = min(engine.sizes.batch_size, PROMPTS_PER_CALL * engine.slot_table.shards)
+    count = min(most, int(engine.slot_table.free.sum()))
     order = requests.group_by_shared_image([Request(p, 0, 0) for p in prompts])
     with exclusive_use(engine):
         for start in range(0, len(order), count):

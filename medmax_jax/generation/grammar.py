@@ -39,20 +39,21 @@ def text_ids(vocab: Vocab, *, mode: str, barred: Sequence[int] = ()) -> Bool[np.
 def allowed(
     left: Int[Array, "B"],
     length: Int[Array, "B"],
+    opens_images: Bool[Array, "B"],
     *,
     vocab: Vocab,
-    mode: str,
     codes: int,
     context: int,
     barred: Sequence[int] = (),
 ) -> Bool[Array, "B V"]:
     """Return the complete rule as one mask: what may follow `length` tokens in state `left`.
 
-    codes: K. context: the number of tokens that the model can hold. barred: see `text_ids`.
+    opens_images: whether text may open an image, as in mixed mode. codes: K. context: the number of
+    tokens that the model can hold. barred: see `text_ids`.
     """
     token_ids = jnp.arange(vocab.size)
-    fits = image_fits(length, codes=codes, context=context)[:, None]
-    text = text_ids(vocab, mode=mode, barred=barred) & (fits | (token_ids != ids.BOI))
+    opens = (opens_images & image_fits(length, codes=codes, context=context))[:, None]
+    text = text_ids(vocab, mode="mixed", barred=barred) & (opens | (token_ids != ids.BOI))
     image = jnp.asarray(ids.image_mask(vocab))
     closing = token_ids == ids.EOI
     state = left[:, None]

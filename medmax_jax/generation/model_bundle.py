@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -266,11 +267,38 @@ def adapter_folder(path: str | Path) -> Path:
     return path
 
 
+def with_adapter(g: ModelBundle, folder: str | Path, adapter: str | Path) -> ModelBundle:
+    """Return a bundle of a base with an adapter; both use the same arrays of the base.
+
+    Args:
+        g: the base, without an adapter.
+        folder: the model folder that it was loaded from.
+        adapter: as for `load`.
+    """
+    arrays = safetensors_file.flatten_named(g.model)
+    of_base = lambda path, _: arrays[safetensors_file.dotted_name(path)]  # noqa: E731
+    with jax.set_mesh(g.mesh):
+        graph, adapters, base, _ = _read_adapter(
+            export.locate(folder), adapter, g.model.config, g.vocab
+        )
+        model = nnx.merge(graph, adapters, jax.tree_util.tree_map_with_path(of_base, base))
+    return dataclasses.replace(g, model=model)
+
+
 def _load_model(
     folder: str, adapter: str | Path | None, config: Model, vocab: Vocab, merge: bool
 ) -> chameleon.Chameleon:
     if adapter is None:
         return export.load(folder, chameleon.abstract_model(config, vocab, chameleon.NO_LORA))
+    graph, adapters, base, lora = _read_adapter(folder, adapter, config, vocab)
+    model = nnx.merge(graph, adapters, export.load(folder, base))
+    return merge_adapter(model, vocab, lora) if merge else model
+
+
+def _read_adapter(
+    folder: str, adapter: str | Path, config: Model, vocab: Vocab
+) -> tuple[Any, Any, Any, Lora]:
+    """Return (graph, adapter's arrays, shapes of the base, its settings), as `nnx.merge` needs."""
     adapter = adapter_folder(adapter)
     file = adapter / "adapter_config.json"
     settings = _json(file, "an adapter folder contains adapter_config.json; training writes it")
@@ -289,9 +317,7 @@ def _load_model(
     if not lora.rank:
         raise GenerateError(f"{file}: rank is 0; export the adapter again")
     graph, adapters, base = chameleon.split_adapters(chameleon.abstract_model(config, vocab, lora))
-    adapters = safetensors_file.load(adapter / "adapter.safetensors", adapters)
-    model = nnx.merge(graph, adapters, export.load(folder, base))
-    return merge_adapter(model, vocab, lora) if merge else model
+    return graph, safetensors_file.load(adapter / "adapter.safetensors", adapters), base, lora
 
 
 def merge_adapter(model: chameleon.Chameleon, vocab: Vocab, lora: Lora) -> chameleon.Chameleon:

@@ -3,14 +3,15 @@
     text    allow_only -> (BOI blocked) -> repetition penalty -> temperature -> top_p -> sample
     image   guidance (three streams to one) -> image ids only -> temperature -> top_p -> sample
 
-Every function works on fp32 logits [B, V]; rows are independent of each other.
+Every function works on fp32 logits [B, V]; rows are independent of each other, and so are their
+options, which are numbers or [B, 1].
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-Number = Float[Array, ""] | float
+Number = Float[Array, "B 1"] | Float[Array, ""] | float
 
 
 def allow_only(logits: Float[Array, "B V"], allowed: Bool[Array, "#B V"]) -> Float[Array, "B V"]:
@@ -69,16 +70,14 @@ def apply_guidance(
     )
 
 
-def sequence_keys(key: Key[Array, ""], sample_seeds: Int[Array, "B"]) -> Key[Array, "B"]:
-    """Return one key per row, from the seed of its sample: independent of row and batch."""
-    return jax.vmap(lambda seed: jax.random.fold_in(key, seed))(sample_seeds)
+def sequence_keys(seeds: UInt32[Array, "B"], sample_seeds: Int[Array, "B"]) -> Key[Array, "B"]:
+    """Return one key per row, from its seed and that of its sample: independent of the batch."""
+    return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seeds), sample_seeds)
 
 
 def sample_tokens(
-    logits: Float[Array, "B V"], keys: Key[Array, "B"], count: Int[Array, "B"], *, greedy: bool
+    logits: Float[Array, "B V"], keys: Key[Array, "B"], count: Int[Array, "B"]
 ) -> Int[Array, "B"]:
-    """Return the most likely id, or one sampled with the row's own key after `count` tokens."""
-    if greedy:
-        return jnp.argmax(logits, axis=-1)
+    """Return one id per row, sampled with the row's own key after `count` tokens."""
     step_keys = jax.vmap(jax.random.fold_in)(keys, count)
     return jax.vmap(jax.random.categorical)(step_keys, logits)

@@ -1,6 +1,6 @@
 """Validates the sampling options of a request and resolves them to settings of the decode loop.
 
-resolve(sample, vocab, mode="mixed", codes=1024)  ->  DecodeSettings, for every request of a batch
+resolve(sample, vocab, mode="mixed", codes=1024)  ->  DecodeSettings, for any number of requests
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from medmax_jax.config import Sample, Vocab
 from medmax_jax.generation import grammar
@@ -20,37 +20,41 @@ CHUNK = 16  # tokens per row between two synchronizations with the host
 
 
 class SamplingParams(NamedTuple):
-    """Numeric sampling options; changing them does not recompile."""
+    """Sampling options, one of each per row; changing them does not recompile."""
 
-    text_temperature: Float[Array, ""]
-    text_top_p: Float[Array, ""]
-    repetition_penalty: Float[Array, ""]
-    image_temperature: Float[Array, ""]
-    image_top_p: Float[Array, ""]
-    scale_text: Float[Array, ""]
-    scale_image: Float[Array, ""]
+    text_temperature: Float[Array, "*N"]
+    text_top_p: Float[Array, "*N"]
+    text_greedy: Bool[Array, "*N"]
+    repetition_penalty: Float[Array, "*N"]
+    image_temperature: Float[Array, "*N"]
+    image_top_p: Float[Array, "*N"]
+    image_greedy: Bool[Array, "*N"]
+    scale_text: Float[Array, "*N"]
+    scale_image: Float[Array, "*N"]
+    opens_images: Bool[Array, "*N"]  # mixed mode: text may open an image
+    ends_with_codes: Bool[Array, "*N"]  # image mode: the last code of the image ends the answer
+    stop_at_boi: Bool[Array, "*N"]  # an opened image ends the answer
+    per_segment: Bool[Array, "*N"]  # the budget starts again after each image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """The static options of the compiled programs, in addition to sizes."""
 
-    mode: str
     chunk: int  # tokens between two synchronizations with the host
     codes: int  # per image
     vocab: Vocab
-    text_greedy: bool
-    image_greedy: bool
-    stop_at_boi: bool  # an opened image ends the answer
-    per_segment: bool  # the budget starts again after each image
+    text_greedy: bool  # in all rows, which saves sorting for top_p
+    image_greedy: bool  # in all rows
     barred: tuple[int, ...]  # ids that text never contains (Tokenizer.barred)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
-    """Validated sampling options, as the decode loop reads them."""
+    """Validated sampling options of a request, as the decode loop reads them."""
 
-    params: SamplingParams  # traced
+    mode: str
+    params: SamplingParams  # traced; of one row
     config: DecodeConfig  # static
     guidance: tuple[bool, bool]  # the unconditional and the image-only stream have an effect
 
@@ -69,27 +73,51 @@ def resolve(
     """
     check_sample(sample)
     return DecodeSettings(
+        mode=grammar.check_mode(mode),
         params=SamplingParams(
             text_temperature=np.float32(sample.text_temperature),
             text_top_p=np.float32(sample.text_top_p),
+            text_greedy=np.bool_(sample.text_greedy),
             repetition_penalty=np.float32(sample.repetition_penalty),
             image_temperature=np.float32(sample.image_temperature),
             image_top_p=np.float32(sample.image_top_p),
+            image_greedy=np.bool_(sample.image_greedy),
             scale_text=np.float32(sample.guidance_scale_text),
             scale_image=np.float32(sample.guidance_scale_image),
+            opens_images=np.bool_(mode == "mixed"),
+            ends_with_codes=np.bool_(mode == "image"),
+            stop_at_boi=np.bool_(sample.boi_ends),
+            per_segment=np.bool_(sample.budget == "segment"),
         ),
         config=DecodeConfig(
-            mode=grammar.check_mode(mode),
             chunk=CHUNK,
             codes=codes,
             vocab=vocab,
             text_greedy=sample.text_greedy,
             image_greedy=sample.image_greedy,
-            stop_at_boi=sample.boi_ends,
-            per_segment=sample.budget == "segment",
             barred=barred,
         ),
         guidance=_guidance(sample.guidance_scale_text, sample.guidance_scale_image),
+    )
+
+
+def empty_params(batch_size: int) -> SamplingParams:
+    """Return options of rows without a request."""
+    ones, none = np.ones(batch_size, np.float32), np.zeros(batch_size, bool)
+    return SamplingParams(
+        text_temperature=ones.copy(),
+        text_top_p=ones.copy(),
+        text_greedy=~none,
+        repetition_penalty=ones.copy(),
+        image_temperature=ones.copy(),
+        image_top_p=ones.copy(),
+        image_greedy=~none,
+        scale_text=ones.copy(),
+        scale_image=ones.copy(),
+        opens_images=none.copy(),
+        ends_with_codes=none.copy(),
+        stop_at_boi=none.copy(),
+        per_segment=none.copy(),
     )
 
 
@@ -107,7 +135,7 @@ def guidance_streams_needed(requests: Sequence[Request], settings: DecodeSetting
     The image-only stream equals the unconditional one where no image precedes: always in text mode,
     depending on the prompts in image mode, not known in advance in mixed mode.
     """
-    mode, vocab = settings.config.mode, settings.config.vocab
+    mode, vocab = settings.mode, settings.config.vocab
     if mode == "text":
         return 0
     unconditional, image_only = settings.guidance

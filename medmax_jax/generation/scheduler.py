@@ -8,8 +8,8 @@
           closed one release them; finished rows are replaced from the -----+
           queue
 
-The host decides between chunks only; the tokens of a row depend on its prompt, its sample number
-and the settings, not on the other rows.
+The host decides between chunks only, and there requests can be added and cancelled. The tokens of a
+row depend on its prompt, its settings, its seed and its sample number, not on the other rows.
 """
 
 import collections
@@ -18,14 +18,14 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from medmax_jax.generation import buckets, decode_loop, engine, sampling_params
 from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.generation.decode_loop import SequenceState
-from medmax_jax.generation.engine import Engine
+from medmax_jax.generation.engine import Engine, EngineSizes
 from medmax_jax.generation.requests import GenerateError, Request
-from medmax_jax.generation.sampling_params import DecodeSettings
+from medmax_jax.generation.sampling_params import DecodeConfig, DecodeSettings, SamplingParams
 from medmax_jax.models import vocab as ids
 from medmax_jax.models.guidance_streams import IMAGE_ONLY, UNCONDITIONAL, guidance_stream
 
@@ -39,12 +39,23 @@ class RequestOutput:
     done: bool
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class QueuedRequest:
+    """A request with its settings; `index` identifies its outputs."""
+
+    index: int
+    request: Request
+    settings: DecodeSettings
+    seed: int
+
+
 @dataclasses.dataclass(kw_only=True, eq=False)
 class RunningRequest:
     """A request that occupies a row, with its output and its KV-cache slots."""
 
     index: int
     request: Request
+    settings: DecodeSettings
     out: list[int]
     slots: list[int]  # KV-cache slots of the three streams; -1: none
     opened: int = 0  # start of the image that the guidance slots serve
@@ -52,6 +63,56 @@ class RunningRequest:
     def sequence(self) -> np.ndarray:
         """Return the tokens of the prompt and of the output so far."""
         return np.append(self.request.tokens, self.out).astype(np.int32)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class RequestBatch:
+    """The rows of an engine, and the queue before them."""
+
+    engine: Engine
+    queue: collections.deque[QueuedRequest]
+    running: list[RunningRequest | None]  # by row
+    rows: SequenceState
+    params: SamplingParams  # by row
+
+
+def open_batch(e: Engine) -> RequestBatch:
+    """Return free rows and an empty queue."""
+    count = e.sizes.batch_size
+    return RequestBatch(
+        engine=e,
+        queue=collections.deque(),
+        running=[None] * count,
+        rows=decode_loop.empty_rows(count),
+        params=sampling_params.empty_params(count),
+    )
+
+
+def add(batch: RequestBatch, queued: QueuedRequest) -> None:
+    """Add a request to the queue; raise GenerateError where the engine is too small for it."""
+    check_sizes(batch.engine.sizes, queued.request, queued.settings)
+    batch.queue.append(queued)
+
+
+def cancel(batch: RequestBatch, index: int) -> None:
+    """Remove a request from the queue or from its row, whose slots are released."""
+    batch.queue = collections.deque(queued for queued in batch.queue if queued.index != index)
+    for row, request in enumerate(batch.running):
+        if request is not None and request.index == index:
+            _release_slots(batch.engine, request, batch.rows.positions[row], range(3))
+            batch.running[row], batch.rows.slots[row], batch.rows.done[row] = None, -1, True
+
+
+def step(batch: RequestBatch, *, admit: bool = True) -> list[RequestOutput]:
+    """Fill free rows from the queue and decode one chunk; return the outputs that changed.
+
+    It runs inside `engine.exclusive_use`, with at least one request in the batch. admit: False
+    leaves the queue as it is, with at least one request in a row.
+    """
+    if admit:
+        _admit(batch)
+    _start_guidance(batch)
+    return _collect_outputs(batch, _run(batch))
 
 
 def run_requests(
@@ -65,71 +126,55 @@ def run_requests(
         settings: the sampling options of all requests.
         seed: the seed of all samples.
     """
-    _check_sizes(e, requests, settings)
-    queue = collections.deque(
-        (i, requests[i]) for i in prompt_requests.group_by_shared_image(requests)
-    )
-    running: list[RunningRequest | None] = [None] * e.sizes.batch_size
-    rows = _empty_state(e.sizes.batch_size)
+    batch = open_batch(e)
+    for i in prompt_requests.group_by_shared_image(requests):
+        add(batch, QueuedRequest(index=i, request=requests[i], settings=settings, seed=seed))
     with engine.exclusive_use(e):
         try:
-            while queue or any(running):
-                _admit(e, queue, running, rows)
-                _start_guidance(e, running, rows, settings.guidance)
-                rows, out = _run(e, rows, settings, seed)
-                yield _collect_outputs(e, running, rows, out)
+            while batch.queue or any(batch.running):
+                yield step(batch)
         except GeneratorExit:  # the caller closed the iterator
-            for request, positions in zip(running, rows.positions, strict=True):
-                if request:
-                    _release_slots(e, request, positions, range(3))
+            for request in filter(None, batch.running):
+                cancel(batch, request.index)
             raise
 
 
-def _check_sizes(e: Engine, requests: Sequence[Request], settings: DecodeSettings) -> None:
-    """Raise GenerateError where the engine has too few slots or positions for the requests."""
-    spare = e.sizes.num_slots - e.sizes.batch_size
-    need = sampling_params.guidance_streams_needed(requests, settings)
+def check_sizes(sizes: EngineSizes, request: Request, settings: DecodeSettings) -> None:
+    """Raise GenerateError where an engine has too few slots or positions for the request."""
+    spare = sizes.num_slots - sizes.batch_size
+    need = sampling_params.guidance_streams_needed([request], settings)
     if spare < need:
         raise GenerateError(
-            f"the engine has {e.sizes.num_slots} cache slots for a batch of {e.sizes.batch_size}; "
+            f"the engine has {sizes.num_slots} cache slots for a batch of {sizes.batch_size}; "
             f"guidance needs {need} more, not {spare}: increase num_slots"
         )
-    for request in requests:
-        answer = e.codes if settings.config.mode == "image" else 1
-        if len(request.tokens) + answer > e.sizes.cache_length:
-            raise GenerateError(
-                f"a prompt has {len(request.tokens)} tokens and its answer needs {answer}, but a "
-                f"cache slot holds {e.sizes.cache_length}; increase cache_length of the engine"
-            )
+    answer = settings.config.codes if settings.mode == "image" else 1
+    if len(request.tokens) + answer > sizes.cache_length:
+        raise GenerateError(
+            f"a prompt has {len(request.tokens)} tokens and its answer needs {answer}, but a "
+            f"cache slot holds {sizes.cache_length}; increase cache_length of the engine"
+        )
 
 
-def _empty_state(batch_size: int) -> SequenceState:
-    zero, none = np.zeros(batch_size, np.int32), np.full((batch_size, 3), -1, np.int32)
-    return SequenceState(
-        token=zero.copy(),
-        slots=none.copy(),
-        positions=none.copy(),
-        image_tokens_left=zero.copy(),
-        budget=zero.copy(),
-        text_tokens_used=zero.copy(),
-        count=zero.copy(),
-        sample_seed=zero.copy(),
-        done=np.ones(batch_size, bool),
-        needs_guidance_slots=np.zeros(batch_size, bool),
-    )
-
-
-def _admit(e: Engine, queue, running: list[RunningRequest | None], rows: SequenceState) -> None:
+def _admit(batch: RequestBatch) -> None:
     """Assign requests to free rows and prefill their prompts without the last token."""
-    free = [row for row, request in enumerate(running) if request is None]
-    admitted = [(row, *queue.popleft()) for row in free[: len(queue)]]
-    prompts = [request.tokens[:-1] for *_, request in admitted]
+    e, rows = batch.engine, batch.rows
+    free = [row for row, request in enumerate(batch.running) if request is None]
+    admitted = [(row, batch.queue.popleft()) for row in free[: len(batch.queue)]]
+    prompts = [queued.request.tokens[:-1] for _, queued in admitted]
     slots = engine.prefill_prompts(e, prompts, guide=False)
-    for (row, index, request), slot in zip(admitted, slots, strict=True):
-        running[row] = RunningRequest(index=index, request=request, out=[], slots=[slot, -1, -1])
-        rows.token[row], rows.sample_seed[row] = request.tokens[-1], request.sample_seed
-        rows.budget[row], rows.text_tokens_used[row], rows.count[row] = request.budget, 0, 0
-        rows.slots[row], rows.positions[row] = running[row].slots, (len(request.tokens) - 1, 0, 0)
+    for (row, queued), slot in zip(admitted, slots, strict=True):
+        request, slots_of_row = queued.request, [slot, -1, -1]
+        batch.running[row] = RunningRequest(
+            index=queued.index, request=request, settings=queued.settings, out=[],
+            slots=slots_of_row,
+        )  # fmt: skip
+        for of_rows, option in zip(batch.params, queued.settings.params, strict=True):
+            of_rows[row] = option
+        rows.token[row], rows.seed[row] = request.tokens[-1], queued.seed
+        rows.sample_seed[row], rows.count[row] = request.sample_seed, 0
+        rows.budget[row], rows.text_tokens_used[row] = request.budget, 0
+        rows.slots[row], rows.positions[row] = slots_of_row, (len(request.tokens) - 1, 0, 0)
         opens = request.tokens[-1] == ids.BOI
         rows.image_tokens_left[row] = e.codes + 1 if opens else 0
         rows.done[row], rows.needs_guidance_slots[row] = False, opens
@@ -140,16 +185,12 @@ def _admit(e: Engine, queue, running: list[RunningRequest | None], rows: Sequenc
         e.programs.add(("set_seen_tokens",))
 
 
-def _start_guidance(
-    e: Engine,
-    running: list[RunningRequest | None],
-    rows: SequenceState,
-    guidance: tuple[bool, bool],
-) -> None:
+def _start_guidance(batch: RequestBatch) -> None:
     """Assign guidance slots to rows that wait to generate an image, as far as slots are free."""
+    e, rows, running = batch.engine, batch.rows, batch.running
     free, chosen, prompts = int(e.slot_table.free.sum()), [], []
     for row in np.flatnonzero(rows.needs_guidance_slots & ~rows.done):
-        before = running[row].sequence()[:-1]
+        before, guidance = running[row].sequence()[:-1], running[row].settings.guidance
         needed = []  # the longer one first: more of it may be cached
         if guidance[1] and ids.is_image(before, e.vocab).any():
             needed.append(IMAGE_ONLY)
@@ -169,15 +210,11 @@ def _start_guidance(
         rows.positions[row, stream] = len(tokens)
 
 
-def _run(
-    e: Engine, rows: SequenceState, settings: DecodeSettings, seed: int
-) -> tuple[SequenceState, Int[np.ndarray, "N C"]]:
-    """Decode one chunk on the device."""
-    config, table = settings.config, e.slot_table
+def _run(batch: RequestBatch) -> Int[np.ndarray, "N C"]:
+    """Decode one chunk on the device; return the new tokens of each row."""
+    e, rows, table = batch.engine, batch.rows, batch.engine.slot_table
     busy = ~(rows.done | rows.needs_guidance_slots)
-    in_image = (rows.image_tokens_left[busy] > 0).any()
-    kinds = {"text": "text", "image": "codes", "mixed": "both" if in_image else "text"}
-    draws = kinds[config.mode]
+    config, draws = _program(batch, busy)
     used = rows.slots[~rows.done]
     highest = int((used[used >= 0] % table.slots_per_shard).max()) + 1
     primary_slots = -(-e.sizes.batch_size // table.shards)
@@ -187,18 +224,29 @@ def _run(
     e.programs.add(("decode_chunk", config, width, span, draws))
     with jax.set_mesh(e.mesh):
         e.cache, rows, e.seen, out = decode_loop.decode_chunk(
-            e.model, e.layers, e.cache, rows, e.seen, settings.params, jax.random.key(seed),
+            e.model, e.layers, e.cache, rows, e.seen, batch.params,
             config=config, width=width, span=span, draws=draws,
         )  # fmt: skip
     rows, out = jax.device_get((rows, out))
-    return jax.tree.map(np.array, rows), out
+    batch.rows = jax.tree.map(np.array, rows)
+    return out
 
 
-def _collect_outputs(
-    e: Engine, running: list[RunningRequest | None], rows: SequenceState, out: np.ndarray
-) -> list[RequestOutput]:
+def _program(batch: RequestBatch, busy: Bool[np.ndarray, "N"]) -> tuple[DecodeConfig, str]:
+    """Return the static options of a chunk, and the kinds of tokens that it samples."""
+    params, in_image = batch.params, busy & (batch.rows.image_tokens_left > 0)
+    only_codes = params.ends_with_codes[busy].all()
+    draws = "text" if not in_image.any() else "codes" if only_codes else "both"
+    return dataclasses.replace(
+        next(filter(None, batch.running)).settings.config,
+        text_greedy=bool(params.text_greedy[busy & ~params.ends_with_codes].all()),
+        image_greedy=bool(params.image_greedy[in_image].all()),
+    ), draws
+
+
+def _collect_outputs(batch: RequestBatch, out: Int[np.ndarray, "N C"]) -> list[RequestOutput]:
     """Return the new tokens per row; free the slots of finished answers and of closed images."""
-    outputs = []
+    e, rows, running, outputs = batch.engine, batch.rows, batch.running, []
     for row, request in enumerate(running):
         if request is None:
             continue

@@ -18,8 +18,8 @@ def state(left, length, mode, codes=3, context=20):
     mask = grammar.allowed(
         jnp.array([left]),
         jnp.array([length]),
+        jnp.array([mode == "mixed"]),
         vocab=VOCAB,
-        mode=mode,
         codes=codes,
         context=context,
     )
@@ -59,7 +59,8 @@ def test_random_walks_parse(mode):
 
     @jax.jit
     def rule(left, length):
-        return grammar.allowed(left, length, vocab=VOCAB, mode=mode, codes=codes, context=context)
+        opens = jnp.full(rows, mode == "mixed")
+        return grammar.allowed(left, length, opens, vocab=VOCAB, codes=codes, context=context)
 
     left, walks = jnp.zeros(rows, jnp.int32), [[] for _ in range(rows)]
     for length in range(1, context):
@@ -143,20 +144,18 @@ def test_guidance_is_the_formula():
 def test_sample_of_a_row_does_not_depend_on_the_batch():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 50)), jnp.float32)
     seeds = jnp.array([7, 11, 7, 3, 5, 2])
-    key = jax.random.key(1)
 
     def draw(rows):
-        keys = sampling.sequence_keys(key, seeds[rows])
-        return sampling.sample_tokens(logits[rows], keys, jnp.full(len(rows), 4), greedy=False)
+        keys = sampling.sequence_keys(jnp.ones(len(rows), jnp.uint32), seeds[rows])
+        return sampling.sample_tokens(logits[rows], keys, jnp.full(len(rows), 4))
 
     batch = draw(jnp.arange(6))
     for row in range(6):
         assert draw(jnp.array([row]))[0] == batch[row]
     repeated = sampling.sample_tokens(
         jnp.tile(logits[:1], (6, 1)),
-        sampling.sequence_keys(key, seeds),
+        sampling.sequence_keys(jnp.ones(6, jnp.uint32), seeds),
         jnp.full(6, 4),
-        greedy=False,
     )
     assert repeated[0] == repeated[2] and len(set(repeated.tolist())) > 1
 
@@ -165,8 +164,6 @@ def test_draws_follow_the_distribution():
     probabilities = np.array([0.5, 0.3, 0.2])
     rows = 4_000
     logits = jnp.tile(jnp.log(probabilities), (rows, 1))
-    keys = sampling.sequence_keys(jax.random.key(0), jnp.arange(rows))
-    drawn = np.asarray(
-        sampling.sample_tokens(logits, keys, jnp.zeros(len(keys), int), greedy=False)
-    )
+    keys = sampling.sequence_keys(jnp.zeros(rows, jnp.uint32), jnp.arange(rows))
+    drawn = np.asarray(sampling.sample_tokens(logits, keys, jnp.zeros(len(keys), int)))
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / rows, probabilities, atol=0.03)
