@@ -33,12 +33,15 @@ class ShownImage:
     codes: np.ndarray | None = None
 
 
-Part = str | ShownImage
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """A remark about an answer that is not a part of it."""
+
+    text: str
+
+
+Part = str | ShownImage | Note
 Turn = tuple[Part, ...]
-
-
-class AnswerError(RuntimeError):
-    """A request that was not answered; the message states the cause."""
 
 
 def make_sample(*, temperature: float, max_tokens: int, seed: int, guidance: float = 3.0) -> Sample:
@@ -56,13 +59,22 @@ def make_sample(*, temperature: float, max_tokens: int, seed: int, guidance: flo
 
 def prompt(service: Service, turns: Sequence[Turn]) -> np.ndarray:
     """Return the tokens of a conversation; an image that was generated is not encoded again."""
-    return service.prompt([[_content(part) for part in turn] for turn in turns])
+    return service.prompt(
+        [[_content(part) for part in turn if not isinstance(part, Note)] for turn in turns]
+    )
+
+
+def text_of(turn: Turn) -> str:
+    """Return the text of an answer, with remarks about it."""
+    pieces = [part if isinstance(part, str) else part.text for part in turn if _has_text(part)]
+    return "\n".join(pieces)
 
 
 def answers(service: Service, requests: Sequence[GenerationRequest]) -> Iterator[tuple[Turn, ...]]:
     """Yield what each request has answered so far, whenever there is more.
 
-    The requests run at the same time, and are cancelled where the iterator is closed early.
+    The requests run at the same time, and are cancelled where the iterator is closed early. A
+    failure is a Note in what is incomplete. Raises the errors of `Service.submit`.
     """
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
     tickets, so_far, running = [], [()] * len(requests), len(requests)
@@ -72,9 +84,7 @@ def answers(service: Service, requests: Sequence[GenerationRequest]) -> Iterator
             tickets.append(service.submit(request, put))
         while running:
             index, event = events.get()
-            if isinstance(event, Failed):
-                raise AnswerError(event.message)
-            running -= isinstance(event, Finished)
+            running -= isinstance(event, Finished | Failed)
             so_far[index] = _extended(so_far[index], event)
             yield tuple(so_far)
     finally:
@@ -82,7 +92,11 @@ def answers(service: Service, requests: Sequence[GenerationRequest]) -> Iterator
             ticket.cancel()
 
 
-def _content(part: Part) -> Any:
+def _has_text(part: Part) -> bool:
+    return isinstance(part, str | Note)
+
+
+def _content(part: str | ShownImage) -> Any:
     if isinstance(part, str):
         return part
     return part.image if part.codes is None else part.codes
@@ -95,6 +109,10 @@ def _extended(turn: Turn, event: Event) -> Turn:
         if turn and isinstance(turn[-1], str):
             return (*turn[:-1], turn[-1] + event.text)
         return (*turn, event.text)
+    if isinstance(event, Failed):
+        return (*turn, Note(f"(incomplete: {event.message})"))
     if isinstance(event, Finished) and event.reason == "length":
-        return (*turn, "(stopped at the limit of tokens)")
+        return (*turn, Note("(stopped at the limit of tokens)"))
+    if isinstance(event, Finished) and not turn:
+        return (Note("(no text)"),)
     return turn

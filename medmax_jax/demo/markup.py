@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import PIL.Image
 
-from medmax_jax.generation.output_files import NOTICE
+from medmax_jax.generation.output_files import NOTICE, png_with_notice
 from medmax_jax.io import html_page
 
 SHOWN = 1_024  # pixels of the longer side of an image that was uploaded
@@ -19,7 +19,10 @@ STYLE = """
 #examples, #examples .grid-wrap { height: auto !important; max-height: none !important;
   min-height: 0 !important; }
 #examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); height: auto; }
+#examples .caption-label { left: 0; right: 0; bottom: 0; max-width: none; padding: .1rem .3rem;
+  border-radius: 0; font-size: .7rem; text-align: center; }
 #chat .icon-button-wrapper { display: none; }
+.dark { --color-accent: var(--primary-400); }
 @media (max-width: 40rem) { #chat { height: 22rem !important; } }
 .notice { border: 1px solid var(--border-color-primary); border-left: .3rem solid #b4552d;
   border-radius: .3rem; padding: .45rem .8rem; margin: .4rem 0;
@@ -35,6 +38,7 @@ STYLE = """
 .part .scroll { overflow-x: auto; }
 .part table { border-collapse: collapse; width: 100%; color: var(--body-text-color); }
 .part caption { text-align: left; padding: .3rem 0; }
+.part table, .part tr { border: 0 !important; }
 .part th, .part td { text-align: left; padding: .35rem .7rem; border: 0 !important;
   border-bottom: 1px solid var(--border-color-primary) !important; }
 .part td.number, .part th.number { text-align: right; font-variant-numeric: tabular-nums; }
@@ -53,9 +57,13 @@ def head(facts: Mapping[str, str]) -> str:
     )
 
 
-def figures(images: Sequence[tuple[PIL.Image.Image, str]]) -> str:
-    """Return images with their captions, next to each other where there is space."""
-    shown = [html_page.figure(html_page.png(_reduced(i)), caption) for i, caption in images]
+def figures(images: Sequence[tuple[PIL.Image.Image, str]], *, generated: bool = False) -> str:
+    """Return images with their captions, next to each other where there is space.
+
+    Generated images are complete and have the notice in their metadata, for those who store them.
+    """
+    png = png_with_notice if generated else lambda image: html_page.png(_reduced(image))
+    shown = [html_page.figure(png(image), caption) for image, caption in images]
     return f'<div class="part"><div class="figures">{"".join(shown)}</div></div>'
 
 

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from medmax_jax.data import sample
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.demo import answers, markup, uploads
-from medmax_jax.demo.answers import AnswerError, Part, ShownImage, Turn
+from medmax_jax.demo.answers import Note, Part, ShownImage, Turn
 from medmax_jax.generation.model_bundle import MAX_PIXELS
 from medmax_jax.generation.requests import GenerateError
 from medmax_jax.models import images
@@ -50,7 +50,8 @@ HEADERS = [
 ]
 STATED = "as the file states"  # the window that a file has itself
 # Errors whose message is all that the reader of the page needs.
-ERRORS = (AnswerError, GenerateError, ImageError, TokenizerError, ServiceError, uploads.UploadError)
+ERRORS = (GenerateError, ImageError, TokenizerError, ServiceError, uploads.UploadError)
+WAITING = Note("Generating ... (the first answer of each kind includes the compilation)")
 Windows = dict[str, PIL.Image.Image]
 
 
@@ -216,8 +217,11 @@ def _caption(row: dict) -> str:
     return " ".join(part for part in (row["body_part"], row["modality"]) if part)
 
 
-def _current(windows: Windows | None, window: str) -> PIL.Image.Image | None:
-    return windows[window] if windows else None
+def _with_image(windows: Windows | None, window: str, text: str) -> Turn:
+    """Return the question about the current image, or alone; raise GenerateError if it is empty."""
+    if not text.strip():
+        raise GenerateError("the question is empty; write one")
+    return (ShownImage(windows[window]), text) if windows else (text,)
 
 
 def _needed(windows: Windows | None, window: str) -> PIL.Image.Image:
@@ -230,7 +234,7 @@ def _needed(windows: Windows | None, window: str) -> PIL.Image.Image:
 
 
 def _chat_tab(models: Models, windows: gr.State, window: gr.State) -> None:
-    turns, sent = gr.State(()), gr.State(None)
+    turns = gr.State(())
     chat = gr.Chatbot(
         label="Conversation", height=460, render_markdown=False, feedback_options=None, buttons=[],
         elem_id="chat", placeholder="Ask about the image, or about anything.",
@@ -249,46 +253,53 @@ def _chat_tab(models: Models, windows: gr.State, window: gr.State) -> None:
         )
         settings = _text_settings()
 
-    def answer(text, turns, sent, windows, window, mode, *numbers):
-        image = _current(windows, window)
-        added = (ShownImage(image),) if image is not None and image is not sent else ()
-        asked = (*turns, (*added, text))
+    def answer(text, turns, windows, window, mode, *numbers):
         with explained():
-            if not text.strip():
-                raise GenerateError("the question is empty; write one")
+            asked = _with_question(turns, _with_image(windows, window, text))
             request = _request(models, models.newest, asked, mode, numbers)
-            yield asked, image, _messages(asked, waiting=True), ""
-            so_far: Turn = ()
+            yield asked, _messages((*asked, (WAITING,))), ""
             for (so_far,) in answers.answers(models.service, [request]):
-                yield (*asked, so_far), image, _messages((*asked, so_far)), gr.skip()
+                yield (*asked, so_far), _messages((*asked, so_far)), gr.skip()
 
-    inputs = [question, turns, sent, windows, window, mode, *settings]
-    outputs = [turns, sent, chat, question]
+    inputs = [question, turns, windows, window, mode, *settings]
+    outputs = [turns, chat, question]
     events = [
         trigger(answer, inputs, outputs, api_visibility="private", show_progress="hidden")
         for trigger in (send.click, question.submit)
     ]
     stop.click(None, cancels=events)
-    new.click(lambda: ((), None, [], ""), None, outputs, cancels=events, api_visibility="private")
+    new.click(lambda: ((), [], ""), None, outputs, cancels=events, api_visibility="private")
 
 
-def _messages(turns: Sequence[Turn], *, waiting: bool = False) -> list[dict[str, Any]]:
+def _with_question(turns: Sequence[Turn], question: Turn) -> tuple[Turn, ...]:
+    """Add a question, without an image that is in the conversation already.
+
+    An earlier question that was stopped before its answer is left out.
+    """
+    turns = turns[: len(turns) // 2 * 2]
+    known = {id(p.image) for turn in turns for p in turn if isinstance(p, ShownImage)}
+    return (
+        *turns,
+        tuple(p for p in question if not isinstance(p, ShownImage) or id(p.image) not in known),
+    )
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """Return the conversation as gradio shows it; user and model take turns."""
-    shown = [
-        {
-            "role": ("user", "assistant")[number % 2],
-            "content": [_shown(part) for part in turn] or ["..."],
-        }
+    return [
+        {"role": ("user", "assistant")[number % 2], "content": [_shown(part) for part in turn]}
         for number, turn in enumerate(turns)
     ]
-    return [*shown, {"role": "assistant", "content": "..."}] if waiting else shown
 
 
 def _shown(part: Part) -> Any:
     if isinstance(part, str):
         return part
-    caption = "your image" if part.codes is None else "generated"
-    return gr.HTML(markup.figures([(part.image, caption)]))
+    if isinstance(part, Note):
+        return part.text
+    generated = part.codes is not None
+    caption = "generated" if generated else "your image"
+    return gr.HTML(markup.figures([(part.image, caption)], generated=generated))
 
 
 # ---- The other tabs ----
@@ -311,12 +322,14 @@ def _draw_tab(models: Models) -> None:
                 model=models.newest, prompt=answers.prompt(models.service, [(text,)]),
                 sample=settings, mode="image",
             )  # fmt: skip
-            yield markup.paragraph("Generating ...")
+            yield markup.paragraph(WAITING.text)
             for (turn,) in answers.answers(models.service, [request]):
                 drawn = [part.image for part in turn if isinstance(part, ShownImage)]
                 caption = f"generated: {text} (guidance {guidance:g}, seed {seed:g})"
                 if drawn:
-                    yield markup.figures([(drawn[0], caption)])
+                    yield markup.figures([(drawn[0], caption)], generated=True)
+                elif turn:
+                    yield markup.paragraph(answers.text_of(turn))
 
     draw.click(generate, [text, guidance, seed], shown, api_visibility="private")
 
@@ -333,14 +346,13 @@ def _compare_tab(models: Models, windows: gr.State, window: gr.State) -> None:
 
     def compare(text, windows, window, *numbers):
         with explained():
-            image = _current(windows, window)
-            turn = (*(() if image is None else (ShownImage(image),)), text)
+            turn = _with_image(windows, window, text)
             requests = [
                 _request(models, name, (turn,), "text", numbers)
                 for name in (models.base, models.adapter)
             ]
             for sides in answers.answers(models.service, requests):
-                yield ["".join(p for p in side if isinstance(p, str)) for side in sides]
+                yield [answers.text_of(side) for side in sides]
 
     inputs = [question, windows, window, *settings]
     ask.click(compare, inputs, [before, after], api_visibility="private")
@@ -380,8 +392,7 @@ def _likelihoods_tab(models: Models, windows: gr.State, window: gr.State) -> Non
 
     def score(text, options, windows, window):
         with explained():
-            image = _current(windows, window)
-            turn = (*(() if image is None else (ShownImage(image),)), text)
+            turn = _with_image(windows, window, text)
             texts = list(dict.fromkeys(line.strip() for line in options.splitlines()))
             texts = [line for line in texts if line]
             tokens = answers.prompt(models.service, [turn])
