@@ -293,10 +293,8 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def _shown(part: Part) -> Any:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Note):
-        return part.text
+    if not isinstance(part, ShownImage):  # gradio shows a text as HTML
+        return html.escape(part if isinstance(part, str) else part.text, quote=False)
     generated = part.codes is not None
     caption = "generated" if generated else "your image"
     return gr.HTML(markup.figures([(part.image, caption)], generated=generated))
