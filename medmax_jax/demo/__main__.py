@@ -3,7 +3,7 @@
 python -m medmax_jax.demo --model=medmax_jax/tiny --adapter=medmax_jax/tiny_adapter
 
 The page is at http://127.0.0.1:7860 and only this machine can open it; from another one, forward
-the port: ssh -L 7860:127.0.0.1:7860 HOST. It needs gradio: pip install "medmax_jax[demo]".
+the port: ssh -L 7860:127.0.0.1:7860 HOST. It needs gradio: pip install "gradio>=6.31,<7".
 """
 
 import argparse
@@ -26,7 +26,7 @@ from medmax_jax.models import kv_cache
 from medmax_jax.serving.service import Limits, Service
 from medmax_jax.storage.folder import StorageError
 
-INSTALL = 'the page requires gradio: pip install "medmax_jax[demo]"'
+INSTALL = 'the page requires gradio: pip install "gradio>=6.31,<7"'
 ERRORS = (ValueError, OSError, StorageError, export.ExportError)
 ROWS = 2  # answers that are generated at once: a 7B model has 2 GiB of cache per slot
 QUEUE, REQUEST_S, DRAIN_S = 32, 600.0, 5.0

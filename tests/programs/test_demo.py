@@ -19,6 +19,7 @@ import PIL.Image
 import pytest
 from source_setup import IMAGE_FILES, dicom_dataset
 from test_demo_uploads import png_header
+from test_package import SETTINGS
 
 from medmax_jax import generation
 from medmax_jax.demo import answers
@@ -249,7 +250,8 @@ def test_without_gradio_the_message_has_the_command():
         "runpy.run_module('medmax_jax', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    expected = 'error: the page requires gradio: pip install "medmax_jax[demo]"\n'
+    (requirement,) = SETTINGS["project"]["optional-dependencies"]["demo"]
+    expected = f'error: the page requires gradio: pip install "{requirement}"\n'
     assert (done.returncode, done.stderr) == (1, expected)
 
 
