@@ -21,15 +21,18 @@ STYLE = """
 #examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); height: auto; }
 #examples .caption-label { left: 0; right: 0; bottom: 0; max-width: none; padding: .1rem .3rem;
   border-radius: 0; font-size: .7rem; text-align: center; }
+@media (max-width: 40rem) { #chat { height: 22rem !important; }
+  #examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
 #chat .icon-button-wrapper { display: none; }
 .dark { --color-accent: var(--primary-400); }
-@media (max-width: 40rem) { #chat { height: 22rem !important; } }
 .notice { border: 1px solid var(--border-color-primary); border-left: .3rem solid #b4552d;
   border-radius: .3rem; padding: .45rem .8rem; margin: .4rem 0;
   background: var(--block-background-fill); color: var(--body-text-color); }
 .head h1 { font-size: 1.5rem; margin: 0; }
 .head p { margin: .3rem 0; color: var(--body-text-color); }
 .part p { margin: .4rem 0; color: var(--body-text-color); }
+.part p.problem { border: 1px solid var(--border-color-primary); padding: .4rem .7rem;
+  border-left: .3rem solid #c8372d; border-radius: .3rem; overflow-wrap: anywhere; }
 .part .figures { display: flex; flex-wrap: wrap; gap: 1rem; }
 .part figure { margin: 0; max-width: 100%; }
 .part img { display: block; max-width: 100%; max-height: 24rem; height: auto;
@@ -70,6 +73,11 @@ def figures(images: Sequence[tuple[PIL.Image.Image, str]], *, generated: bool = 
 def paragraph(text: str) -> str:
     """Return a line of text."""
     return f'<div class="part"><p>{html.escape(text)}</p></div>'
+
+
+def problem(text: str) -> str:
+    """Return an error, which screen readers read out."""
+    return f'<div class="part"><p class="problem" role="alert">{html.escape(text)}</p></div>'
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

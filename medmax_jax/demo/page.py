@@ -52,6 +52,7 @@ STATED = "as the file states"  # the window that a file has itself
 # Errors whose message is all that the reader of the page needs.
 ERRORS = (GenerateError, ImageError, TokenizerError, ServiceError, uploads.UploadError)
 WAITING = Note("Generating ... (the first answer of each kind includes the compilation)")
+NO_IMAGE = markup.paragraph("No image. The tabs also work with text alone.")
 Windows = dict[str, PIL.Image.Image]
 
 
@@ -164,7 +165,7 @@ def _image_panel(windows: gr.State, window: gr.State) -> None:
     choice = gr.Radio(
         [], label="Window of the CT", visible=False, interactive=True, elem_id="window"
     )
-    shown = gr.HTML(markup.paragraph("No image. The tabs also work with text alone."))
+    shown = gr.HTML(NO_IMAGE)
     remove = gr.Button("Remove the image", size="sm", visible=False)
     rows = _examples()
     gr.HTML(markup.paragraph("Or an example, which the shipped models were not trained on:"))
@@ -184,8 +185,10 @@ def _image_panel(windows: gr.State, window: gr.State) -> None:
     def read(path: str | None) -> list[Any]:
         if path is None:
             return [gr.skip()] * 6
-        with explained():
+        try:
             return [*show(uploads.read(path), "", "your image"), None]
+        except uploads.UploadError as error:  # the panel must accept the next file
+            return [*clear(markup.problem(str(error))), None]
 
     def select(name: str, images_by_window: Windows) -> list[Any]:
         return show(images_by_window, "" if name == STATED else name, "your image")
@@ -195,15 +198,14 @@ def _image_panel(windows: gr.State, window: gr.State) -> None:
         image = images.load(SAMPLE / row["file"], max_pixels=MAX_PIXELS)
         return show({"": image}, "", _caption(row))
 
-    def clear() -> list[Any]:
-        empty = markup.paragraph("No image. The tabs also work with text alone.")
-        return [None, "", gr.Radio(visible=False), empty, gr.Button(visible=False)]
+    def clear(text: str = NO_IMAGE) -> list[Any]:
+        return [None, "", gr.Radio(visible=False), text, gr.Button(visible=False)]
 
     hidden = dict(api_visibility="private")
     upload.upload(read, upload, [*outputs, upload], **hidden)
     choice.input(select, [choice, windows], outputs, **hidden)
     gallery.select(example, None, outputs, **hidden)
-    remove.click(clear, None, outputs, **hidden)
+    remove.click(lambda: clear(), None, outputs, **hidden)
 
 
 def _examples() -> list[dict]:

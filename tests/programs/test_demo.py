@@ -213,6 +213,8 @@ def test_a_ct_in_dicom_is_shown_in_windows(demo, page):
 def test_files_that_are_refused_are_explained_and_deleted(demo, page, content, message):
     upload(page, content, "Jane Doe.png")
     page.wait_for_selector(f"text={message}")
+    upload(page, own_png())  # the next file is accepted
+    page.wait_for_selector("text=your image, 96 x 96")
     assert not demo.stored_images() and not list(demo.folder.rglob("Jane*"))
 
 
