@@ -23,6 +23,7 @@ STYLE = """
   border-radius: 0; font-size: .7rem; text-align: center; }
 @media (max-width: 40rem) { #chat { height: 22rem !important; }
   #examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
+#upload .or { color: var(--body-text-color); }
 #chat .icon-button-wrapper { display: none; }
 .dark { --color-accent: var(--primary-400); }
 .notice { border: 1px solid var(--border-color-primary); border-left: .3rem solid #b4552d;

@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 COMMAND = [sys.executable, "-m", "medmax_jax", "demo", "--model=medmax_jax/tiny"]
 ADAPTER = "--adapter=medmax_jax/tiny_adapter"
+AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
 WAIT_MS = 180_000  # the first answer of each kind compiles
 TABS = ("Chat", "Image from text", "Before and after", "Reconstruction", "Likelihoods")
 in_browser = [
@@ -220,8 +221,11 @@ def test_files_that_are_refused_are_explained_and_deleted(demo, page, content, m
 
 @browser_test
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
-def test_the_notice_is_on_every_tab_and_nothing_scrolls_sideways(demo, browser, width, scheme):
-    context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme)
+def test_every_tab_has_the_notice_is_accessible_and_fits(demo, browser, width, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    context = browser.new_context(  # axe is a script, which the policy of the page forbids
+        viewport=dict(width=width, height=900), color_scheme=scheme, bypass_csp=True
+    )
     opened = context.new_page()
     opened.goto(demo.address)
     opened.wait_for_selector("#chat", timeout=WAIT_MS)
@@ -234,6 +238,10 @@ def test_the_notice_is_on_every_tab_and_nothing_scrolls_sideways(demo, browser, 
         assert opened.get_by_role("note").inner_text().startswith(NOTICE)
         assert opened.get_by_role("note").is_visible()
         assert opened.evaluate("document.documentElement.scrollWidth") == width
+        opened.wait_for_timeout(500)  # colors change gradually
+        found = axe.run(opened, options=AXE).response
+        assert len(found["passes"]) > 10
+        assert not [(r["id"], n["html"]) for r in found["violations"] for n in r["nodes"]], name
     context.close()
 
 
