@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -71,8 +72,7 @@ def main() -> int:
 
 def _serve(args: argparse.Namespace) -> None:
     """Serve the page until SIGINT or SIGTERM."""
-    if not 0 < args.port < 2**16:
-        raise ValueError(f"--port is {args.port}; it must be in the range 1 .. 65535")
+    _check_port(args.port)
     with report_waiting("loading the model", print):
         bundles = {_name(args.model): model_bundle.load(args.model)}
         (base,) = bundles.values()
@@ -108,6 +108,20 @@ def _serve(args: argparse.Namespace) -> None:
             blocks.close()
     finally:
         service.close(drain_s=DRAIN_S)
+
+
+def _check_port(port: int) -> None:
+    """Raise before the model is loaded where the page cannot be served."""
+    if not 0 < port < 2**16:
+        raise ValueError(f"--port is {port}; it must be in the range 1 .. 65535")
+    with socket.socket() as used:
+        used.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            used.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise OSError(
+                f"--port {port} cannot be used ({error.strerror}); choose another"
+            ) from error
 
 
 def _name(path: str | os.PathLike) -> str:

@@ -73,6 +73,10 @@ class Models:
 
 def build(models: Models) -> gr.Blocks:
     """Return the page."""
+
+    def forget(request: gr.Request) -> None:  # gradio itself would keep a session for an hour
+        page.state_holder.session_data.pop(request.session_hash, None)
+
     with gr.Blocks(title="MedMax demo", analytics_enabled=False, delete_cache=(60, 60)) as page:
         gr.HTML(markup.head(models.facts))
         windows, window = gr.State(None), gr.State("")
@@ -91,6 +95,7 @@ def build(models: Models) -> gr.Blocks:
                     _reconstruct_tab(models, windows, window)
                 with gr.Tab("Likelihoods"):
                     _likelihoods_tab(models, windows, window)
+        page.unload(forget)
     return page
 
 

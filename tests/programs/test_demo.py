@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import PIL.Image
@@ -47,14 +48,18 @@ def browser_test(function):
     return function
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Demo:
     """The program, its address, and the folder of all temporary files of its process."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.address = folder, f"http://127.0.0.1:{self.port}"
+        self.folder, self.port = folder, free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
         self.process = subprocess.Popen(
             [*COMMAND, ADAPTER, f"--port={self.port}"], cwd=ROOT, text=True,
             env=os.environ | {"TMPDIR": str(folder)}, stdout=subprocess.PIPE,
@@ -246,6 +251,32 @@ def test_every_tab_has_the_notice_is_accessible_and_fits(demo, browser, width, s
 
 
 @browser_test
+def test_the_memory_of_a_closed_page_is_released(browser, tmp_path, monkeypatch):
+    """In this process, whose memory can be inspected; the page is not asked for answers."""
+    from medmax_jax.demo import page as demo_page
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    blocks = demo_page.build(demo_page.Models(service=None, base="tiny", adapter="", facts={}))
+    port = free_port()
+    demo_page.launch(blocks, port)
+    try:
+        opened = browser.new_page()
+        opened.goto(f"http://127.0.0.1:{port}")
+        upload(opened, own_png())
+        opened.wait_for_selector("text=your image, 96 x 96")
+        sessions = blocks.state_holder.session_data
+        kept = [value for state in sessions.values() for value in state.state_data.values()]
+        assert any(isinstance(value, dict) and "" in value for value in kept)
+        opened.close()
+        end = time.monotonic() + 60
+        while sessions and time.monotonic() < end:
+            time.sleep(0.2)
+        assert not sessions
+    finally:
+        blocks.close()
+
+
+@browser_test
 def test_a_signal_ends_it_and_removes_its_files(tmp_path):
     program = Demo(tmp_path)
     assert len(list(tmp_path.glob("medmax-demo-*"))) == 1
@@ -297,5 +328,6 @@ def test_the_page_records_nothing_and_has_no_interface_for_programs(monkeypatch)
     config = blocks.get_config_file()
     assert config["analytics_enabled"] is False
     assert {d["api_visibility"] for d in config["dependencies"]} == {"private"}
+    assert [d["targets"][0][1] for d in config["dependencies"]].count("unload") == 1
     text = json.dumps(config, default=str)
     assert NOTICE in text and "&lt;tiny&gt;" in text and "googleapis" not in text
