@@ -300,15 +300,20 @@ def test_without_gradio_the_message_has_the_command():
     ("words", "message"),
     [
         (["--adapter=medmax_jax/no"], "medmax_jax/no/adapter_config.json: no such file"),
-        (["--port=99999"], "--port is 99999; it must be in the range 1 .. 65535"),
+        (["--port=USED"], "--port USED cannot be used (Address already in use); choose another"),
     ],
 )
 def test_wrong_flags_are_explained_in_one_line(words, message, tmp_path):
     pytest.importorskip("gradio")
-    done = subprocess.run(
-        [*COMMAND, *words, "--compile_cache=off"], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-    )  # fmt: skip
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = str(used.getsockname()[1])
+        words, message = [w.replace("USED", port) for w in words], message.replace("USED", port)
+        done = subprocess.run(
+            [*COMMAND, "--compile_cache=off", *words], cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )  # fmt: skip
     assert done.returncode == 1 and not list(tmp_path.iterdir())
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {message}")
