@@ -1,10 +1,10 @@
-"""python benchmarks/startup.py [--parts help generate eval train sweep quickstart]
+"""python benchmarks/startup.py [--parts help generate ...] [--rounds 3 --before CHECKOUT]
 
 Measures how long programs take to start, each in a new process, with an empty compile cache and
 again with the cache that the first process left:
 
     help         --help of each program
-    generate     the first answer to one prompt, at most 96 tokens
+    generate     the first answer to one prompt; it is one chunk, so its first token is no earlier
     eval         eval.run on ten items, complete, with its probes, baselines and report
     train        the first step of configs/tiny.py
     sweep        a run of one step, complete, inside of `sweep run`
@@ -13,7 +13,8 @@ again with the cache that the first process left:
 `cpu` is user and system seconds of the process and its children, which other work on the machine
 changes little; `wall` is seconds by the clock; `import` is the part of Python's imports and
 `compile` the part of XLA, or of reading its cache, both by the clock. `silent` is the longest time
-without a line of output. The last line is one JSON object. Linux only.
+without a line of output. With --rounds the numbers are medians; with --before the rounds alternate
+with those of the script in another checkout. The last line is one JSON object. Linux only.
 """
 
 import importlib.metadata
@@ -21,6 +22,7 @@ import json
 import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +40,7 @@ PROGRAMS = (
 )
 TINY = "medmax_jax/tiny"
 ITEMS = dict(vqa_closed=8, image_generation=2)
+KEYS = ("cpu", "wall", "import", "compile", "silent")
 TICKS = os.sysconf("SC_CLK_TCK")
 IMPORT = re.compile(r"import time: +(\d+) \|")
 COMPILED = re.compile(r"Finished XLA compilation of .* in ([\d.]+) sec")
@@ -198,19 +201,48 @@ def main() -> None:
     """Run the parts, print a table, then one line of JSON."""
     parser = arguments.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    args, before, results = parser.parse_args(), os.getloadavg(), {}
-    subprocess.run([sys.executable, "-m", "compileall", "-q", "medmax_jax"], cwd=ROOT, check=True)
-    print(f"{'':34} {'cpu':>7} {'wall':>7} {'import':>7} {'compile':>7} {'silent':>7}")
-    for part in args.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            results[part] = PARTS[part](pathlib.Path(folder))
-        for name, row in results[part].items():
-            keys = ("cpu", "wall", "import", "compile", "silent")
-            numbers = " ".join(f"{row[key]:7.1f}" if key in row else " " * 7 for key in keys)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--before", type=pathlib.Path, help="another checkout of this repository")
+    args, load = parser.parse_args(), os.getloadavg()
+    if args.before or args.rounds > 1:
+        results = _medians(args.parts, args.rounds, args.before)
+    else:
+        subprocess.run([sys.executable, "-m", "compileall", "-q", "medmax_jax"], cwd=ROOT)
+        results = {}
+        for part in args.parts:
+            with tempfile.TemporaryDirectory() as folder:
+                results[part] = PARTS[part](pathlib.Path(folder))
+    print(f"{'':34} " + " ".join(f"{key:>7}" for key in KEYS))
+    for part, rows in results.items():
+        for name, row in rows.items():
+            numbers = " ".join(f"{row[key]:7.1f}" if key in row else " " * 7 for key in KEYS)
             print(f"{part + ' ' + name:34} {numbers}", flush=True)
-    result = {"unit": "s", "results": results, "load_average": [before, os.getloadavg()]}
+    result = {"unit": "s", "results": results, "load_average": [load, os.getloadavg()]}
     versions = {"jax": importlib.metadata.version("jax"), "python": sys.version.split()[0]}
     print(json.dumps(result | {"cores": os.cpu_count(), "versions": versions}))
+
+
+def _medians(parts: list[str], rounds: int, before: pathlib.Path | None) -> dict:
+    """Return the medians of rounds of this script, alternating with the other checkout."""
+    checkouts = {"": ROOT} | ({"before": before.resolve()} if before else {})
+    values: dict = {}
+    for number in range(rounds):
+        for label, root in checkouts.items():
+            command = [sys.executable, f"{root}/benchmarks/startup.py", "--parts", *parts]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            for part, rows in json.loads(output.splitlines()[-1])["results"].items():
+                for name, row in rows.items():
+                    of_row = values.setdefault(f"{label} {part}".strip(), {}).setdefault(name, {})
+                    for key in KEYS:
+                        of_row.setdefault(key, []).extend([row[key]] if key in row else [])
+        print(f"round {number + 1} of {rounds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    return {
+        part: {
+            name: {key: round(statistics.median(all_), 2) for key, all_ in row.items() if all_}
+            for name, row in rows.items()
+        }
+        for part, rows in values.items()
+    }
 
 
 if __name__ == "__main__":

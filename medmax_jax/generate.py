@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from medmax_jax import cli, make_callable, sharding
 from medmax_jax.checkpoints import export
-from medmax_jax.checkpoints.manager import SHARE_TIMEOUT, barrier, first_host_first
+from medmax_jax.checkpoints.barriers import SHARE_TIMEOUT, barrier, first_host_first
 from medmax_jax.config import VIEWS, Mesh, Sample, build, to_dict
 from medmax_jax.configs import base
 from medmax_jax.generation import api, buckets, grammar, output_files, sampling_params

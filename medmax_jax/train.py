@@ -34,7 +34,8 @@ from ml_collections import ConfigDict
 
 from medmax_jax import cli, config, make_callable
 from medmax_jax.checkpoints import export, safetensors_file
-from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
+from medmax_jax.checkpoints.barriers import barrier
+from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager
 from medmax_jax.data import loader
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError

@@ -3,6 +3,9 @@
     header bounded -> stored values -> modality LUT -> VOI LUT or window -> 0..255 -> MONOCHROME1
                       (no padding)     (rescale)       (what is shown)     min..max   inverted
 
+`load_windows` also shows a CT in the windows of CT_WINDOWS, which replace its own; their ends are
+black and white.
+
 Padding (PixelPaddingValue, to PixelPaddingRangeLimit) is excluded from min..max, and black. A
 window that cannot be applied, or that would show nothing, is left out, which is logged once.
 
@@ -20,7 +23,7 @@ import logging
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,13 @@ from medmax_jax.models.image_headers import ImageError
 from medmax_jax.models.images import MAX_PIXELS
 
 BAND = 2**18  # pixels that are computed at a time, in float64
+# Center and width in Hounsfield units, as radiology uses them: radiopaedia.org, windowing (CT).
+CT_WINDOWS = {
+    "brain": (40, 80),
+    "soft tissue": (50, 400),
+    "lung": (-600, 1_500),
+    "bone": (400, 1_800),
+}
 _log = logging.getLogger("medmax_jax.dicom")
 
 
@@ -43,6 +53,29 @@ def load(
 
     A file whose header states that text is burned into its pixels is rejected unless `burned_in`.
     """
+    windows: dict[str, None] = {"": None}
+    return _read(path, windows, name=name, max_pixels=max_pixels, burned_in=burned_in)[""]
+
+
+def load_windows(
+    path: pathlib.Path, *, name: str, max_pixels: int = MAX_PIXELS
+) -> dict[str, PIL.Image.Image]:
+    """Return the image as its file states (""), and a CT also in each of CT_WINDOWS.
+
+    The errors are those of `load`.
+    """
+    return _read(path, {"": None} | CT_WINDOWS, name=name, max_pixels=max_pixels, burned_in=False)
+
+
+def _read(
+    path: pathlib.Path,
+    windows: Mapping[str, tuple[int, int] | None],
+    *,
+    name: str,
+    max_pixels: int,
+    burned_in: bool,
+) -> dict[str, PIL.Image.Image]:
+    """Return the image in each window that applies to it."""
     _check_pydicom()
     problem = "damaged, or not a supported DICOM file; check the file"
     with silence():
@@ -53,7 +86,12 @@ def load(
             dicom_bounds.check_decoder(head)
             dataset = dicom_bounds.with_pixels(content)
             dicom_bounds.check_pixels(dataset)
-            return PIL.Image.fromarray(_shown(dataset, kind))
+            is_ct = str(head.get("Modality") or "").strip() == "CT"  # so in Hounsfield units
+            return {
+                label: PIL.Image.fromarray(_shown(dataset, kind, window))
+                for label, window in windows.items()
+                if window is None or is_ct
+            }
         except RefusedError as error:
             problem = str(error)
         except FileNotFoundError:
@@ -84,7 +122,7 @@ def _checked(head: Any, max_pixels: int, burned_in: bool) -> str:
     return kind
 
 
-def _shown(dataset: Any, kind: str) -> np.ndarray:
+def _shown(dataset: Any, kind: str, window: tuple[int, int] | None) -> np.ndarray:
     stored = dataset.pixel_array
     if stored.shape != (int(dataset.Rows), int(dataset.Columns)):
         raise RefusedError("the pixels are not one image of Rows x Columns")
@@ -105,8 +143,8 @@ def _shown(dataset: Any, kind: str) -> np.ndarray:
         ranges = [(v[i].min(), v[i].max()) for _, v, i in parts(view) if i.any()]
         return min((r[0] for r in ranges), default=0.0), max((r[1] for r in ranges), default=0.0)
 
-    view = _view(dataset)
-    low, high = extent(view)
+    view = _view(dataset) if window is None else functools.partial(_in_window, window=window)
+    low, high = extent(view) if window is None else (0.0, 1.0)
     if low == high and view is not _plain:
         low, high = extent(_plain)
         if low != high:
@@ -184,6 +222,12 @@ def _view(dataset: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 def _windowed(values: np.ndarray, *, dataset: Any, index: int, apply: Callable) -> np.ndarray:
     return apply(values, dataset, index=index)
+
+
+def _in_window(values: np.ndarray, *, window: tuple[int, int]) -> np.ndarray:
+    """Map a window to 0..1 and clip: LINEAR_EXACT of DICOM PS3.3 C.11.2.1.3.2."""
+    center, width = window
+    return ((values.astype(np.float64) - center) / width + 0.5).clip(0, 1)
 
 
 def _numbers(value: Any) -> list[float]:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from medmax_jax import cli
-from medmax_jax.checkpoints.manager import SHARE_TIMEOUT, barrier, first_host_first
+from medmax_jax.checkpoints.barriers import SHARE_TIMEOUT, barrier, first_host_first
 from medmax_jax.config import fingerprint, to_dict
 from medmax_jax.data.records.reader import open_records
 from medmax_jax.environment import environment

@@ -15,13 +15,12 @@ mounted or under gs://, where a folder has no rename: its files count once sha25
 the logs of the run are in the bucket before that.
 """
 
-import contextlib
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,16 +29,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
-from orbax.checkpoint import multihost
 
 from medmax_jax.checkpoints import checksums, safetensors_file
+from medmax_jax.checkpoints.barriers import PEER_TIMEOUT
 from medmax_jax.storage.folder import Folder
 from medmax_jax.storage.workdir import Workdir
 
 COMMITTED = "commit_success.txt"  # of Orbax, on gs:// only
 NAME = "checkpoints"  # folder of the steps
-PEER_TIMEOUT = 600.0  # seconds that hosts wait for each other's files of a step
-SHARE_TIMEOUT = 7 * 86_400.0  # of hosts that divide work among them; a host that died ends it
 
 
 class CheckpointError(RuntimeError):
@@ -260,27 +257,6 @@ def read_latest(folder: str | os.PathLike) -> tuple[int, dict[str, Any], dict]:
 
 def _steps(folder: Folder) -> list[int]:
     return [int(name) for name in folder.children() if name.isdigit()]
-
-
-def barrier(name: str, timeout: float = PEER_TIMEOUT) -> None:
-    """Synchronize all hosts through the coordinator; each name is used once.
-
-    It is used after a compilation, whose duration differs: Gloo gives the peers of the first
-    collective only 30 s.
-    """
-    if jax.process_count() > 1:
-        processes = set(range(jax.process_count()))
-        multihost.sync_global_processes(name, processes=processes, timeout=int(timeout))
-
-
-@contextlib.contextmanager
-def first_host_first(name: str) -> Iterator[None]:
-    """Run the block on the first host, and afterwards on the others; each name is used once."""
-    if jax.process_index():
-        barrier(name, SHARE_TIMEOUT)
-    yield
-    if not jax.process_index():
-        barrier(name, SHARE_TIMEOUT)
 
 
 def _await(condition: Callable[[], bool], what: str) -> None:

@@ -24,7 +24,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jaxtyping import Array, Bool, Float, Int
 
 from medmax_jax.sharding import BATCH, HEADS
@@ -157,6 +156,8 @@ def splash_attend(
     interpret: bool,
 ) -> Float[Array, "B N T H"]:
     """Compute causal attention within each segment. `interpret`: on a CPU, slowly, for tests."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
     length = q.shape[2]
     if length % TPU_TILE:
         raise ValueError(
@@ -184,6 +185,8 @@ def block_size(length: int) -> int:
 
 
 def _kernel(heads: int, length: int, interpret: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
     block = block_size(length)
     sizes = kernels.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,

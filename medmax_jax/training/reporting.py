@@ -26,7 +26,8 @@ from jaxtyping import PyTree
 
 from medmax_jax import cli, config, flops
 from medmax_jax.checkpoints import export, safetensors_file
-from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager, barrier
+from medmax_jax.checkpoints.barriers import barrier
+from medmax_jax.checkpoints.manager import CheckpointError, CheckpointManager
 from medmax_jax.environment import environment, git_commit
 from medmax_jax.io.progress import report_waiting
 from medmax_jax.io.run_files import LogFile

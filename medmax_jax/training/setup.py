@@ -22,7 +22,8 @@ from jaxtyping import PyTree
 
 from medmax_jax import cli, config
 from medmax_jax.checkpoints import export
-from medmax_jax.checkpoints.manager import NAME, CheckpointManager, DamagedError, barrier
+from medmax_jax.checkpoints.barriers import barrier
+from medmax_jax.checkpoints.manager import NAME, CheckpointManager, DamagedError
 from medmax_jax.checkpoints.resume import check_meta
 from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh, shard_batch, with_shardings

@@ -253,3 +253,29 @@ def test_bands_of_rows_give_the_complete_image(read_image, monkeypatch):
     monkeypatch.setattr(dicom, "BAND", 65)
     np.testing.assert_array_equal(read_image(dataset), expected)
     assert zlib.crc32(expected.astype(np.uint8).tobytes())  # not all of one value
+
+
+def test_ct_windows_replace_that_of_the_file_and_other_images_have_none(tmp_path):
+    units = np.array([[-1105, -600, 10, 40, 80, 250, 400, 1400]], np.int16).repeat(4, 0)
+    dataset = made(units, Modality="CT", RescaleSlope=1, RescaleIntercept=0)
+    dataset.WindowCenter, dataset.WindowWidth = 0, 1
+    path = tmp_path / "a.dcm"
+    dataset.save_as(path, enforce_file_format=True)
+    shown = dicom.load_windows(path, name="n")
+    assert list(shown) == ["", "brain", "soft tissue", "lung", "bone"]
+    np.testing.assert_array_equal(np.asarray(shown[""]), np.asarray(dicom.load(path, name="n")))
+    expected = {  # by hand: 255 (units - center + width / 2) / width, clipped
+        "brain": [0, 0, 32, 128, 255, 255, 255, 255],
+        "soft tissue": [0, 0, 102, 121, 147, 255, 255, 255],
+        "lung": [42, 128, 231, 236, 243, 255, 255, 255],
+        "bone": [0, 0, 72, 76, 82, 106, 128, 255],
+    }
+    for label, row in expected.items():
+        np.testing.assert_array_equal(np.asarray(shown[label])[0], row, err_msg=label)
+    dataset.Modality = "DX"
+    dataset.save_as(path, enforce_file_format=True)
+    assert list(dicom.load_windows(path, name="n")) == [""]
+    dataset.BurnedInAnnotation = "YES"
+    dataset.save_as(path, enforce_file_format=True)
+    with pytest.raises(ImageError, match="BurnedInAnnotation"):
+        dicom.load_windows(path, name="n")

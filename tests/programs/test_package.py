@@ -168,7 +168,7 @@ def test_old_import_paths_are_gone():
 
 def test_extras_are_the_requirement_files():
     extras = SETTINGS["project"]["optional-dependencies"]
-    for name in ("tpu", "cuda", "dev", "docs"):
+    for name in ("tpu", "cuda", "demo", "dev", "docs"):
         lines = (ROOT / f"requirements-{name}.txt").read_text().splitlines()
         stated = [re.sub(r"\s+#.*", "", s) for s in lines if s and not s.startswith(("#", "-r"))]
         assert {str(Requirement(s)) for s in stated} == {str(Requirement(s)) for s in extras[name]}
