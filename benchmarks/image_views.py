@@ -96,7 +96,7 @@ def rows_of(
     groups = np.array([item.group for item in items])
     rows = []
     for before, after in PAIRS:
-        for name in ("all", *sorted(set(modalities))):
+        for name in ("all", *sorted(set(modalities.tolist()))):
             chosen = np.full(len(items), True) if name == "all" else modalities == name
             row = intervals.paired_row(
                 scores[before][chosen], scores[after][chosen], list(groups[chosen]),
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
                 answers.setdefault(f"{trained}/{asked}", []).append(found)
     rows = rows_of(answers, intervals.Resampling(settings.seed, settings.resamples))
     for row in rows:
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+        print({k: round(float(v), 3) if isinstance(v, float) else v for k, v in row.items()})
     facts = dict(seeds=args.seeds, steps=args.steps, jax=importlib.metadata.version("jax"))
     print(json.dumps(facts | dict(items=len(eval_set.items), rows=rows)))
     return 0

@@ -443,7 +443,7 @@ def view_warning(model: str, trained: VQ, used: VQ) -> str:
     if (trained.view, trained.answer_view) == (used.view, used.answer_view):
         return ""
     return (
-        f"WARNING: {model} was trained on images with {view_text(trained)}, but is used with "
+        f"{model} was trained on images with {view_text(trained)}, but is used with "
         f"{view_text(used)}: it reads other pixels than it has learned, and may answer worse"
     )
 

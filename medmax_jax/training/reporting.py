@@ -437,7 +437,7 @@ def environment_summary(
     """Log the devices, the mesh and the data; `tables`: also the shares of the mixture."""
     if folder := run.train.init_from:
         if warning := config.view_warning(folder, export.base_vq(folder), run.vq):
-            log(warning)
+            log(f"WARNING: {warning}")
     device, shape = jax.devices()[0], " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     log(f"medmax_jax {git_commit()} on {jax.device_count()} {device.device_kind}, mesh {shape}")
     if flops.chip(device.device_kind) is None:

@@ -64,7 +64,7 @@ def test_another_view_is_a_warning_that_names_both(padded, adapter, view, caplog
     trained = "pad" if adapter else "released"
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"WARNING: {padded if adapter else TINY} was trained on images with view {trained}, "
+        f"{padded if adapter else TINY} was trained on images with view {trained}, "
         f"answer_view released, but is used with view {view}, answer_view released: it reads other "
         "pixels than it has learned, and may answer worse"
     )
