@@ -139,8 +139,8 @@ def test_images_in_replies_and_back_in_a_prompt(client):
     kinds = [part["type"] for part in parts]
     assert "image_url" in kinds and "text" in kinds
     url = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
-    picture = PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-    assert picture.size == (4, 4) and NOTICE in picture.info["Comment"]
+    decoded = PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    assert decoded.size == (4, 4) and NOTICE in decoded.info["Comment"]
     streamed = []
     for chunk in ask(client, **fields, stream=True):
         delta = chunk.choices[0].delta
@@ -159,10 +159,10 @@ def test_images_in_replies_and_back_in_a_prompt(client):
 def test_image_generation(client):
     made = client.images.generate(model="mine", prompt="A CT.", n=2, size="4x4",
                                   extra_body={"seed": 3, "image_temperature": 9.0})  # fmt: skip
-    pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(i.b64_json))) for i in made.data]
-    assert len(pictures) == 2 and all(NOTICE in p.info["Comment"] for p in pictures)
+    made_images = [PIL.Image.open(io.BytesIO(base64.b64decode(i.b64_json))) for i in made.data]
+    assert len(made_images) == 2 and all(NOTICE in p.info["Comment"] for p in made_images)
     assert made.usage.output_tokens == 8
-    assert not np.array_equal(*pictures)
+    assert not np.array_equal(*made_images)
 
 
 def test_requests_as_evaluation_suites_send_them(server, client):

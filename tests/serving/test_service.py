@@ -187,7 +187,9 @@ def test_logprobs_are_the_likelihoods_of_the_answer(service, bundles, engines):
     tokens = expected_tokens(e, g, ticket)
     (((likelihoods, _),),) = engine.score_options(e, [ticket.request.prompt], [[tokens]])
     assert [t.logprob for t in end.logprobs] == pytest.approx(likelihoods.tolist(), abs=1e-4)
-    assert [t.token for t in end.logprobs] == [g.tokenizer.decode([token]) for token in tokens]
+    assert [t.token for t in end.logprobs] == [
+        g.tokenizer.decode([token]) for token in tokens.tolist()
+    ]
 
 
 def test_queue_is_bounded_and_cancelled_requests_leave_it(service):
