@@ -39,6 +39,8 @@ from medmax_jax.storage.folder import StorageError
 ERRORS = (ValueError, OSError, StorageError, export.ExportError)
 CONNECTIONS = 64  # in addition to those whose requests run or wait
 MIN_KEY_CHARS = 16
+LEAST = dict(rows=1, image_rows=0, cache_length=0, queue=1, request_s=1, max_body_mib=1,
+             max_pixels=1, drain_s=0)  # fmt: skip
 
 
 def _parser() -> arguments.Parser:
@@ -78,6 +80,9 @@ def _parser() -> arguments.Parser:
 
 def serve(args: argparse.Namespace) -> None:
     """Load the models and serve them until a signal."""
+    for flag, least in LEAST.items():
+        if (value := getattr(args, flag)) < least:
+            raise GenerateError(f"--{flag} is {value}; it must be at least {least}")
     key = _api_key(args)
     names = _names(args)
     listener = _listen(args.host, args.port)

@@ -71,7 +71,8 @@ def post(server, path, data, **headers):
         with urllib.request.urlopen(request, timeout=120) as reply:
             return reply.status, reply.headers, reply.read()
     except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read()
+        with error:
+            return error.code, error.headers, error.read()
 
 
 # Replies.
@@ -261,6 +262,7 @@ def test_unknown_routes_are_error_objects(server):
     assert status == 404 and "/v1/completions" in json.loads(body)["error"]["message"]
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{server.url}/chat/completions")
+    error.value.close()
     assert error.value.code == 405
 
 
@@ -333,6 +335,7 @@ def test_a_full_queue_is_429_with_retry_after(server, client):
     [
         (["--adapter=x"], "--adapter is 'x'; use the form NAME=P"),
         (["--adapter=tiny=a"], "the name 'tiny' is given twice"),
+        (["--rows=0"], "--rows is 0; it must be at least 1"),
         (["--host=0.0.0.0"], "so other machines can reach the server; set --api_key_env"),
         (["--api_key_env=NO_SUCH_KEY"], "has no key of at least 16 ASCII characters"),
         (["--port=99999"], "--port is 99999; it must be 0 to 65535"),
