@@ -57,7 +57,7 @@ SIZES = {
     "tiny": {},  # the shipped model, for a test
 }  # fmt: skip
 NEW = 96  # tokens of an answer
-NONCES = 200  # of the soak, each with its answer
+NONCES = 64  # of the soak, each with its answer
 SOAK_TOKENS = 24
 
 
