@@ -165,9 +165,10 @@ def _decoding(
     bytes_read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
     loops = answer.get("open_loops_s") or [None]  # the last loop writes tokens, one per iteration
     token_limit = bytes_read / topology.chips / topology.chip.hbm_rate
-    answer |= {"token_s": loops[-1], "token_limit_s": round(token_limit, 8)}
+    window = run.sample.jacobi_window if mode != "text" else 0
+    answer |= {"window": window, "token_s": loops[-1], "token_limit_s": round(token_limit, 8)}
     if mode != "text" and answer["token_s"] is not None:
-        settled = codes_per_pass if answer["window"] else 1.0
+        settled = codes_per_pass if window else 1.0
         passes = run.vq.codes_per_image / settled
         answer |= {"codes_per_pass": settled, "image_s": round(passes * answer["token_s"], 3)}
     return answer

@@ -119,7 +119,6 @@ def decode(run: Run, topology: Topology, *, mode: str, rows: int, prompt: int) -
             draws=draws,
         )
     facts = {"mode": mode, "rows": rows, "streams": streams, "slots": cache_length}
-    facts |= {"window": run.sample.jacobi_window if mode != "text" else 0}
     return Program(lowered, {"base": _bytes(abstract_model)}, 0.0, facts | {"cache_gib": cache})
 
 
