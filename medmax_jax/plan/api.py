@@ -57,6 +57,8 @@ def plan(
     machine = parse(topology, slices=slices)
     if not 0 < utilisation <= 1:
         raise PlanError(f"--utilisation={utilisation}; it must be in (0, 1]")
+    if not codes_per_pass >= 1:
+        raise PlanError(f"--codes_per_pass={codes_per_pass}; it must be at least 1")
     settings = ConfigDict(settings)  # a copy, which keeps references between fields
     with cli.open_workdir(cache, "--cache") as work:
         folder = work.folder
