@@ -251,8 +251,6 @@ CHOICES = {
     "mixing.unit": ("documents", "tokens"),
     "optim.schedule": ("run", "stage"),
     "sample.budget": ("answer", "segment"),
-    "sample.jacobi_rule": ("speculative", "gumbel"),
-    "sample.jacobi_init": ("repeat", "horizontal", "vertical", "random"),
     "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),
