@@ -7,12 +7,17 @@ Printed as JSON, GiB per device:
     temp             temporaries
     peak, hbm        the peak memory of the program, and the memory of the chip
     fits             peak <= hbm
-    copies           of all keys or values: in the program's loops, that is for each token,
-                     and around them, that is for each chunk of 16 tokens
+    copies           of all keys or values: in the program's loops, that is for each pass,
+                     and around them, that is for each chunk of 16 passes
+    read             the bytes that a pass reads from memory, by the program's text
+    pass_ms          of a pass, by the compiler's schedule
+
+--window=16 compiles the loop that verifies 16 codes per pass (sample.jacobi_window).
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -30,6 +35,8 @@ from medmax_jax import arguments, config
 from medmax_jax.configs import base
 from medmax_jax.generation import decode_loop, jacobi, sampling_params
 from medmax_jax.models import chameleon, kv_cache
+from medmax_jax.plan import hlo_analysis
+from medmax_jax.plan.compile import CLOCK
 
 HBM = {"v5e": 15.75, "v6e": 31.25, "v5p": 95.74}  # GiB that a program may use
 STREAMS = {"text": 1, "image": 3, "mixed": 3}
@@ -90,6 +97,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         peak=round(peak, 3),
         hbm=hbm,
         fits=peak <= hbm,
+        read=round(bytes_read(compiled.as_text(), args.layers) / 2**30, 3),
+        pass_ms=pass_ms(compiled.as_text(), args.topology),
         copies=copies(compiled.as_text(), model, num_slots, args, machine),
         jax=jax.__version__,
     )
@@ -104,6 +113,96 @@ def copies(text: str, model: Any, num_slots: int, args: argparse.Namespace, mach
     entry = text[text.index("\nENTRY ") :].partition("\n}")[0]
     around = len(copy.findall(entry))
     return dict(loops=len(copy.findall(text)) - around, around=around)
+
+
+def pass_ms(text: str, topology: str) -> float:
+    """Return the milliseconds of one iteration of the token loop, as scheduled."""
+    cycles = hlo_analysis.Program(text).data_dependent_loops()[-1]
+    return round(1e3 * cycles / CLOCK[topology.split(":")[0]], 2)
+
+
+# ---- Bytes that a pass reads ----
+#
+# The operands of each operation of the loops, where they are in HBM: the layout of an array in
+# VMEM has S(1). Of an operand that a fusion slices, the slice; of one that it updates in place,
+# nothing.
+
+_OP = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+_NO_READ = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "slice-done")
+
+
+def bytes_read(text: str, layers: int) -> float:
+    """Return the bytes that one iteration of the token loop reads from HBM; `layers` are a loop."""
+    bodies: dict[str, dict[str, tuple[str, str, str]]] = {}
+    current = None
+    for line in text.splitlines():
+        if (head := re.match(r"^(?:ENTRY )?%([\w.\-]+) \(", line)) and line.rstrip().endswith("{"):
+            current = bodies.setdefault(head[1], {})
+        elif current is not None and (op := _OP.match(line)):
+            current[op[1]] = op.groups()[1:]
+    entry = re.search(r"^ENTRY %([\w.\-]+) ", text, re.M)[1]
+    loops = [_named("body", rest) for _, op, rest in bodies[entry].values() if op == "while"]
+    return _read_by(bodies, loops[-1], layers)
+
+
+def _read_by(bodies: dict, name: str, layers: int) -> float:
+    body, total = bodies[name], 0.0
+    for shape, op, rest in body.values():
+        if op == "while":
+            total += layers * _read_by(bodies, _named("body", rest), layers)
+        elif op == "slice-start":  # its result is (the operand, the slice, ..)
+            total += _size("{}[{}]{}".format(*_ARRAY.findall(shape)[1][:2], ""))
+        elif op not in _NO_READ:
+            for index, operand in enumerate(_operands(rest)):
+                size = _size(body[operand][0]) if operand in body else 0
+                fused = op == "fusion" and size
+                total += _read_of(bodies, _named("calls", rest), index, size) if fused else size
+    return total
+
+
+def _read_of(bodies: dict, name: str, index: int, size: float) -> float:
+    """Return the bytes that a fused computation reads of its operand `index` of `size` bytes."""
+    body, total = bodies[name], 0.0
+    own = {
+        key
+        for key, (_, op, rest) in body.items()
+        if op == "parameter" and rest.startswith(f"{index})")
+    }
+    for key, (shape, op, rest) in body.items():
+        used = _operands(rest)
+        if not own & set(used):
+            continue
+        called = _named("calls", rest) if op == "fusion" else ""
+        kinds = {inner for _, inner, _ in bodies[called].values()} if called else {op}
+        if kinds <= {"parameter", "bitcast"}:
+            own.add(key)
+        elif called:
+            places = [place for place, operand in enumerate(used) if operand in own]
+            total += sum(_read_of(bodies, called, place, size) for place in places)
+        elif op in ("dynamic-slice", "slice", "gather") and used[0] in own:
+            total += _size(shape.replace("S(1)", ""))
+        elif not (op in ("scatter", "dynamic-update-slice") and used[0] in own):
+            return size
+    return min(total, size)
+
+
+def _size(shape: str) -> float:
+    """Return the bytes of the arrays in HBM."""
+    total = 0.0
+    for dtype, sizes, layout in _ARRAY.findall(shape):
+        if dtype in hlo_analysis.WIDTHS and "S(1)" not in layout:
+            count = math.prod(map(int, filter(None, sizes.split(","))))
+            total += count * hlo_analysis.WIDTHS[dtype] / 8
+    return total
+
+
+def _operands(rest: str) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+
+
+def _named(kind: str, rest: str) -> str:
+    return re.search(rf"{kind}=%([\w.\-]+)", rest)[1]
 
 
 if __name__ == "__main__":

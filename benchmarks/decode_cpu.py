@@ -14,6 +14,7 @@ Then this project alone, medians too:
     interleaved   an image and text in each answer: 8 rows at a time against one at a time
     guidance      one image per row: 1 stream, 2 (a text prompt), 3 (a prompt with an image)
     shared        10 questions on one image: in one engine against one engine each
+    jacobi        images of the shipped model: sample.jacobi_window against one code per pass
 
 Without --torch_python the other side is reported as skipped. The last line is one JSON object.
 """
@@ -34,6 +35,7 @@ from medmax_jax import arguments
 
 HERE = pathlib.Path(__file__).resolve().parent
 NEEDS = ["torch", "transformers", "peft"]
+WINDOW = 16  # of jacobi
 AGREE = 16  # first tokens of every row that must be the same on both sides
 SIZES = {
     "42m": dict(prompt=128, new=128, codes=256, words=30, rows=8),
@@ -105,12 +107,35 @@ def measure_ours(side: sides.Side, args: argparse.Namespace) -> dict[str, Any]:
     shared, tokens = seconds(do="shared", together=True, questions=10)
     separate, others = seconds(do="shared", together=False, questions=10)
     return dict(
+        jacobi=measure_jacobi(side, args),
         interleaved=dict(rows=rows, batched=batched, single=single, ratio=batched / single),
         guidance=dict(tokens_per_second=streams, two_against_three=streams["2"] / streams["3"]),
         shared=dict(
             seconds=shared, separate=separate, ratio=separate / shared, same=tokens == others
         ),
     )
+
+
+def measure_jacobi(side: sides.Side, args: argparse.Namespace) -> dict[str, Any]:
+    """Return how many times fewer passes and less time a window takes: at all rows, and at one."""
+    report: dict[str, Any] = dict(window=WINDOW)
+    for name, rows in (("", SIZES[args.size]["rows"]), ("_1", 1)):
+        for window in (0, WINDOW):
+            side.ask(do="jacobi", window=window, rows=rows)  # compiles
+        runs = [
+            [side.ask(do="jacobi", window=window, rows=rows) for window in (0, WINDOW)]
+            for _ in range(args.rounds)
+        ]
+        single, windowed = zip(*runs, strict=True)
+        report |= {
+            "step_ratio" + name: round(single[0]["steps"] / windowed[0]["steps"], 3),
+            "time_ratio" + name: round(
+                sides.median([run["seconds"] for run in single])
+                / sides.median([run["seconds"] for run in windowed]), 3,
+            ),
+            "same_tokens" + name: single[0]["tokens"] == windowed[0]["tokens"],
+        }  # fmt: skip
+    return report
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ codes, per image; words, tokens per prompt for one; prompts, of the text benchma
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -19,9 +20,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from medmax_jax import config, sharding
-from medmax_jax.generation import engine, sampling_params, scheduler
+from medmax_jax.generation import api, engine, model_bundle, sampling_params, scheduler
 from medmax_jax.generation import requests as prompt_requests
 from medmax_jax.models.vocab import BOI, BOS, EOI, SEP
+
+IMAGES = (
+    "a blood smear", "a chest X-ray", "an MRI of the brain", "a CT of the abdomen",
+    "an angiography image", "a bone scan of the whole body", "a fundus photograph",
+    "an ultrasound image",
+)  # fmt: skip
 
 
 class Decoder:
@@ -118,6 +125,38 @@ class Decoder:
         engines = [self.fresh(questions, 1, cache_length) for _ in prompts]  # the same programs
         runs = [self.serve(e, [p], sample, "text") for e, p in zip(engines, prompts, strict=True)]
         return dict(seconds=sum(s for s, _ in runs), tokens=[t[0] for _, t in runs])
+
+    def jacobi(self, window: int, rows: int) -> dict[str, Any]:
+        """Generate one image per row with the shipped model and the default settings."""
+        g, codes = self.tiny, self.tiny.vq_config.codes_per_image
+        sample = dataclasses.replace(api.defaults("medmax_eval"), jacobi_window=window)
+        texts = [[f"Generate {phrase}."] for phrase in IMAGES[:rows]]
+        requests = prompt_requests.make_requests(
+            api.prompt_tokens(g, texts, end_of_turn=True), sample, g.vocab, mode="image",
+            names=IMAGES[:rows], codes=codes, context=g.config.context_length,
+        )  # fmt: skip
+        settings = sampling_params.resolve(
+            sample, g.vocab, mode="image", codes=codes, barred=g.tokenizer.barred
+        )
+        sizes = engine.EngineSizes(
+            batch_size=rows, num_slots=2 * rows, cache_length=256, cache_dtype="model"
+        )
+        e = engine.make_engine(g.model, g.vocab, g.mesh, sizes, codes=codes)
+        start, answers, steps = time.perf_counter(), {}, {}
+        for outputs in scheduler.run_requests(e, requests, settings, seed=0):
+            answers |= {output.index: output.tokens.tolist() for output in outputs}
+            steps |= {output.index: output.steps for output in outputs}
+        return dict(
+            seconds=time.perf_counter() - start,
+            steps=sum(steps.values()) / rows,
+            tokens=[answers[n] for n in range(rows)],
+        )
+
+    @functools.cached_property
+    def tiny(self) -> model_bundle.ModelBundle:
+        """Return the shipped model with its adapter."""
+        package = ROOT / "medmax_jax"
+        return model_bundle.load(package / "tiny", adapter=package / "tiny_adapter")
 
     def about(self) -> dict[str, Any]:
         """Return the versions."""

@@ -6,6 +6,8 @@ decode_loop      The compiled half of generation: five programs over one KV cach
 engine           A model with a KV cache: prefill with reuse of common prefixes, and scoring of
                  options.
 grammar          The rule for the next token: text, BOI, exactly K codes, EOI, text again.
+jacobi           Speculative Jacobi decoding of images: drafts, what replaces them, and which codes
+                 are settled.
 model_bundle     A model folder in memory: text and images to tokens, and tokens back to text and
                  images.
 output_files     Read prompts from flags or a file; write answers to JSONL, PNG files and a gallery.

@@ -26,6 +26,7 @@ With `DecodeConfig.jacobi` a row in an image is fed a window of tokens per step,
 drafts after it, and generates from one code to as many (jacobi.py). In text it is fed one.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -227,6 +228,8 @@ def lower_decode(
 
     It uses the mesh of `like`. This serves a compiler for another machine: nothing is allocated.
     """
+    if draws == "text":
+        config = dataclasses.replace(config, jacobi=None)
     rows, params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
         (empty_rows(batch_size), sampling_params.empty_params(batch_size)),

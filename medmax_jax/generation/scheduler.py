@@ -94,7 +94,21 @@ def open_batch(e: Engine) -> RequestBatch:
 def add(batch: RequestBatch, queued: QueuedRequest) -> None:
     """Add a request to the queue; raise GenerateError where the engine is too small for it."""
     check_sizes(batch.engine.sizes, queued.request, queued.settings)
+    own, other = queued.settings.config.jacobi, next(_present(batch), None)
+    if other is None:
+        batch.drafts = None
+    elif own != other.settings.config.jacobi:
+        raise GenerateError(
+            f"sample.jacobi_* of a request are {own}, but {other.settings.config.jacobi} in the "
+            "requests before it; all requests that run together need the same"
+        )
     batch.queue.append(queued)
+
+
+def _present(batch: RequestBatch) -> Iterator[QueuedRequest | RunningRequest]:
+    """Yield the requests in the queue and in the rows."""
+    yield from batch.queue
+    yield from filter(None, batch.running)
 
 
 def cancel(batch: RequestBatch, index: int) -> None:

@@ -37,6 +37,9 @@ _DECODE = flags.DEFINE_enum(
     ["none", "text", "image", "mixed"],
     "output mode that decoding is compiled for",
 )
+_CODES = flags.DEFINE_float(
+    "codes_per_pass", 2.5, "codes that a pass settles where config.sample.jacobi_window is on"
+)
 _UTILISATION = flags.DEFINE_float(
     "utilisation", 0.6, "utilization: share of the peak FLOPs during matrix products"
 )
@@ -51,6 +54,7 @@ def main(settings: ConfigDict, folder: str) -> None:
     answer = plan(
         settings, _TOPOLOGY.value, folder, slices=_SLICES.value, mesh=_MESH.value,
         per_chip_batch=_ROWS.value, seq=_SEQ.value, analytic=_ANALYTIC.value, decode=_DECODE.value,
+        codes_per_pass=_CODES.value,
         utilisation=_UTILISATION.value, price=_PRICE.value, most=_MOST.value,
     )  # fmt: skip
     print("\n".join(format_plan(answer)))
@@ -100,11 +104,16 @@ def _format_decoding(answer: dict[str, Any]) -> list[str]:
         return []
     d = answer["decode"]
     token_ms = "?" if d["token_s"] is None else f"{1e3 * d['token_s']:.1f}"
+    image = ""
+    if "image_s" in d:
+        image = (
+            f"; an image of each in {d['image_s']:.1f} s, {d['codes_per_pass']:g} codes per pass"
+        )
     return [
         f"decoding {d['rows']} prompts, {d['mode']}: {'fits' if d['fits'] else 'does NOT fit'}, "
         f"{d['peak_hbm_gib']} GiB per chip, of which {d['cache_gib']:.2f} is the KV cache; one "
-        f"token of each in {token_ms} ms as scheduled, at least "
-        f"{1e3 * d['token_limit_s']:.1f} ms to read weights and cache"
+        f"{'pass' if d['window'] else 'token'} of each in {token_ms} ms as scheduled, at least "
+        f"{1e3 * d['token_limit_s']:.1f} ms to read weights and cache{image}"
     ]
 
 

@@ -31,6 +31,7 @@ def plan(
     seq: int = 0,
     analytic: bool = False,
     decode: str = "text",
+    codes_per_pass: float = 2.5,
     utilisation: float = 0.6,
     price: float | None = None,
     most: int = 3,
@@ -47,6 +48,7 @@ def plan(
         seq: tokens per row; 0: data.seq_len of the config.
         analytic: estimate by arithmetic, without compiling.
         decode: the output mode that decoding is compiled for: none, text, image or mixed.
+        codes_per_pass: the assumed codes that a pass settles where sample.jacobi_window is on.
         utilisation: the share of the peak FLOPs during matrix products.
         price: USD per chip-hour.
         most: the number of candidate settings that a search compiles.
@@ -55,6 +57,8 @@ def plan(
     machine = parse(topology, slices=slices)
     if not 0 < utilisation <= 1:
         raise PlanError(f"--utilisation={utilisation}; it must be in (0, 1]")
+    if not codes_per_pass >= 1:
+        raise PlanError(f"--codes_per_pass={codes_per_pass}; it must be at least 1")
     settings = ConfigDict(settings)  # a copy, which keeps references between fields
     with cli.open_workdir(cache, "--cache") as work:
         folder = work.folder
@@ -75,7 +79,7 @@ def plan(
             run = _given(settings, machine, mesh, per_chip_batch, seq)
             estimate = answer(run)
         if decode != "none" and not analytic and machine.is_tpu:
-            estimate["decode"] = _decoding(run, machine, folder, decode)
+            estimate["decode"] = _decoding(run, machine, folder, decode, codes_per_pass)
     estimate |= plan_analytic.rates(run, machine, estimate, utilisation=utilisation, price=price)
     return estimate | _facts(run, machine)
 
@@ -153,7 +157,9 @@ def _steps(tokens: int, settings: ConfigDict) -> int:
     return max(1, round(tokens / (settings.data.batch_size * settings.data.seq_len)))
 
 
-def _decoding(run: Run, topology: Topology, cache: pathlib.Path, mode: str) -> dict[str, Any]:
+def _decoding(
+    run: Run, topology: Topology, cache: pathlib.Path, mode: str, codes_per_pass: float
+) -> dict[str, Any]:
     rows, prompt = run.mesh.data * run.mesh.fsdp, run.model.context_length // 4
     program = plan_compile.decode(run, topology, mode=mode, rows=rows, prompt=prompt)
     answer = compile_cache.compile_cached(cache, program, run, topology)
@@ -161,4 +167,10 @@ def _decoding(run: Run, topology: Topology, cache: pathlib.Path, mode: str) -> d
     bytes_read = flops.decode_bytes(run.model, run.vocab, run.lora, context=prompt, rows=streams)
     loops = answer.get("open_loops_s") or [None]  # the last loop writes tokens, one per iteration
     token_limit = bytes_read / topology.chips / topology.chip.hbm_rate
-    return answer | {"token_s": loops[-1], "token_limit_s": round(token_limit, 8)}
+    window = run.sample.jacobi_window if mode != "text" else 0
+    answer |= {"window": window, "token_s": loops[-1], "token_limit_s": round(token_limit, 8)}
+    if mode != "text" and answer["token_s"] is not None:
+        settled = codes_per_pass if window else 1.0
+        passes = run.vq.codes_per_image / settled
+        answer |= {"codes_per_pass": settled, "image_s": round(passes * answer["token_s"], 3)}
+    return answer

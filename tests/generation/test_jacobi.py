@@ -88,7 +88,7 @@ def config_of(rule="speculative", init="vertical", window=3):
 @pytest.mark.parametrize(
     "config",
     [config_of(init=init) for init in jacobi.INITS]
-    + [config_of("gumbel")]
+    + [pytest.param(config_of("gumbel"), marks=SLOW)]
     + [pytest.param(config_of(window=w, init=i), marks=SLOW) for w in (2, 4) for i in jacobi.INITS],
     ids=str,
 )
@@ -180,6 +180,7 @@ def loop_images(model, sample):
     cache = kv_cache.init_cache(MODEL, num_slots=3, cache_length=32, cache_dtype="model")
     slots = np.arange(3, dtype=np.int32)
     cache = decode_loop.prefill(model, None, cache, tokens, places, slots, span=32)
+    every = lambda x: jax.device_put(np.tile(np.asarray(x), (1, ROWS, 1, 1, 1)), x.sharding)  # noqa: E731
     params = jax.tree.map(lambda x: np.full(ROWS, x), settings.params)
     images = []
     for batch in range(DRAWS // ROWS):
@@ -193,7 +194,7 @@ def loop_images(model, sample):
             done=np.zeros(ROWS, bool),
         )
         *_, out = decode_loop.decode_chunk(
-            model, None, jax.tree.map(lambda x: jnp.tile(x, (1, ROWS, 1, 1, 1)), cache), rows,
+            model, None, jax.tree.map(every, cache), rows,
             jnp.zeros((ROWS, VOCAB.size), bool), decode_loop.empty_drafts(ROWS, settings.config),
             params, config=settings.config, width=3 * ROWS, span=32, draws="codes",
         )  # fmt: skip
@@ -216,7 +217,8 @@ def ancestral(model, sample):
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)], real[row, : len(sequence)] = sequence, 1
     positions = np.tile(np.arange(32), (len(tokens), 1))
-    logits = jax.jit(lambda m: m.logits(m.hidden(tokens, real, positions, key=None)))(model)
+    forward = jax.jit(lambda m, *inputs: m.logits(m.hidden(*inputs, key=None)))
+    logits = forward(model, tokens, real, positions)
     last = np.asarray(logits, np.float64)[np.arange(len(tokens)), real.sum(1) - 1]
     full, none, image = last[:, 4 : 4 + KINDS].reshape(3, len(prefixes), KINDS)
     scores = none + sample.guidance_scale_image * (image - none)
@@ -230,14 +232,14 @@ def ancestral(model, sample):
     return joint(dict(zip(prefixes, chances / chances.sum(1, keepdims=True), strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "window, init, changes",
     [
-        (3, "vertical", {}),
-        *[pytest.param(3, i, UNGUIDED | PLAIN, marks=SLOW) for i in jacobi.INITS],
-        *[pytest.param(4, i, {}, marks=SLOW) for i in jacobi.INITS],
-        pytest.param(2, "vertical", UNGUIDED, marks=SLOW),
-        pytest.param(2, "random", PLAIN, marks=SLOW),
+        *[(3, init, {}) for init in jacobi.INITS],
+        *[(3, init, UNGUIDED | PLAIN) for init in jacobi.INITS],
+        (4, "vertical", UNGUIDED),
+        (2, "random", PLAIN),
     ],
 )
 def test_loop_samples_the_joint_distribution(strong, window, init, changes):
@@ -308,7 +310,7 @@ def test_long_images_take_fewer_passes(g):  # noqa: F811
             (*_, [last]) = scheduler.run_requests(e, ask(second), settings, 7)
             ends.append((codes, last.tokens.tolist(), e.tokens_prefilled, last.steps))
         assert ends[0][:3] == ends[1][:3]
-        assert ends[0][3] == 64 > 1.5 * ends[1][3]
+        assert ends[0][3] == 64 > ends[1][3] + 5
     finally:
         g.model.config = setup.MODEL
 
