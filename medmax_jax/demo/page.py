@@ -10,6 +10,7 @@ has been read: no image is written to gradio's cache, but those of the embedded 
 import contextlib
 import dataclasses
 import html
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from medmax_jax.models import images
 from medmax_jax.models.image_headers import ImageError
 from medmax_jax.models.tokenizer import TokenizerError
 from medmax_jax.serving.service import Service
-from medmax_jax.serving.tickets import GenerationRequest, ServiceError
+from medmax_jax.serving.tickets import GenerationRequest, ServiceError, Ticket
 
 SAMPLE = Path(sample.__file__).parent
 MAX_TEXT, MAX_TOKENS, MAX_SEED = 4_000, 512, 2**32 - 1  # characters of a question; tokens
@@ -241,7 +242,7 @@ def _needed(windows: Windows | None, window: str) -> PIL.Image.Image:
 
 
 def _chat_tab(models: Models, windows: gr.State, window: gr.State) -> None:
-    turns = gr.State(())
+    turns, running = gr.State(()), gr.State([])  # the list is changed, never replaced
     chat = gr.Chatbot(
         label="Conversation", height=460, render_markdown=False, feedback_options=None, buttons=[],
         elem_id="chat", placeholder="Ask about the image, or about anything.",
@@ -260,22 +261,29 @@ def _chat_tab(models: Models, windows: gr.State, window: gr.State) -> None:
         )
         settings = _text_settings()
 
-    def answer(text, turns, windows, window, mode, *numbers):
+    def answer(text, turns, running, windows, window, mode, *numbers):
         with explained():
             asked = _with_question(turns, _with_image(windows, window, text))
             request = _request(models, models.newest, asked, mode, numbers)
             yield asked, _messages((*asked, (WAITING,))), ""
-            for (so_far,) in answers.answers(models.service, [request]):
+            for (so_far,) in answers.answers(models.service, [request], running):
                 yield (*asked, so_far), _messages((*asked, so_far)), gr.skip()
 
-    inputs = [question, turns, windows, window, mode, *settings]
-    outputs = [turns, chat, question]
-    events = [
-        trigger(answer, inputs, outputs, api_visibility="private", show_progress="hidden")
-        for trigger in (send.click, question.submit)
-    ]
-    stop.click(None, cancels=events)
-    new.click(lambda: ((), [], ""), None, outputs, cancels=events, api_visibility="private")
+    def cancel(running: list[Ticket]) -> None:
+        for ticket in [*running]:
+            ticket.cancel()
+
+    def reset(running: list[Ticket]) -> tuple[Any, ...]:
+        cancel(running)
+        while running:  # the last part of a stopped answer comes before the empty conversation
+            time.sleep(0.05)
+        return (), [], ""
+
+    inputs = [question, turns, running, windows, window, mode, *settings]
+    outputs, hidden = [turns, chat, question], dict(api_visibility="private")
+    gr.on([send.click, question.submit], answer, inputs, outputs, show_progress="hidden", **hidden)
+    stop.click(cancel, running, None, **hidden)
+    new.click(reset, running, outputs, **hidden)
 
 
 def _with_question(turns: Sequence[Turn], question: Turn) -> tuple[Turn, ...]:

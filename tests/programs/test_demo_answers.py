@@ -56,6 +56,7 @@ def test_answers_grow_in_the_order_of_events():
     ("events", "turn"),
     [
         ([finished()], (Note("(no text)"),)),
+        ([TextDelta("A"), Failed("cancelled", "the client")], ("A", Note("(stopped)"))),
         ([TextDelta("A"), Failed("time", "no answer within 600 seconds")],
          ("A", Note("(incomplete: no answer within 600 seconds)"))),
     ],
@@ -66,11 +67,12 @@ def test_an_answer_without_text_or_end_has_a_note(events, turn):
 
 
 def test_a_reader_that_leaves_cancels_all_requests():
-    service = Scripted([(0, TextDelta("A"))], 2)
-    reader = answers.answers(service, ["first", "second"])
+    service, running = Scripted([(0, TextDelta("A"))], 2), []
+    reader = answers.answers(service, ["first", "second"], running)
     next(reader)
+    assert [ticket.index for ticket in running] == [0, 1]
     reader.close()
-    assert service.cancelled == [0, 1]
+    assert service.cancelled == [0, 1] and not running
     service = Scripted([], 2)
     with pytest.raises(QueueFullError):
         next(answers.answers(service, ["first", None]))
