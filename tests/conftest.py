@@ -28,7 +28,7 @@ CHECKED = (
     "eval.encoders.efficientnet flops generate generation "
     "io.html_page io.progress io.csv_files io.errors io.settings_files "
     "io.charts io.text_files storage "
-    "models plan quickstart scaling sharding "
+    "models plan quickstart scaling serve serving sharding "
     "sweep train train_vqgan training.cross_entropy training.log_writer training.loss "
     "training.lpips training.metrics training.optimizer training.reporting training.samples "
     "training.setup training.stages training.step"

@@ -22,12 +22,12 @@ class AnswerEvents:
         self._g, self._stop = g, stop
         self._detokenizer = IncrementalDetokenizer()
         self._held = ""  # generated, but it may be the beginning of a stop text
-        self._segment = 0  # characters of text that were yielded
+        self._characters = 0  # of text that were yielded
 
     @property
-    def text_length(self) -> int:
-        """Return the number of characters of text so far."""
-        return self._segment
+    def stopped_length(self) -> int | None:
+        """Return the characters of an answer that a stop text has ended; None for another one."""
+        return self._characters if self.stopped else None
 
     def update(self, tokens: np.ndarray, done: bool) -> Iterator[TextDelta | ImageDone]:
         """Yield what is new in `tokens`, the complete answer so far."""
@@ -58,7 +58,7 @@ class AnswerEvents:
 
     def _flush(self) -> Iterator[TextDelta]:
         text, self._held = self._held, ""
-        self._segment += len(text)
+        self._characters += len(text)
         if text:
             yield TextDelta(text)
 
@@ -69,16 +69,19 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def token_logprobs(
-    g: ModelBundle, tokens: np.ndarray, likelihoods: np.ndarray, text_length: int
+    g: ModelBundle, tokens: np.ndarray, likelihoods: np.ndarray, text_length: int | None
 ) -> tuple[TokenLogprob, ...]:
-    """Return the text tokens of an answer up to `text_length` characters, with likelihoods."""
-    found, shown = [], 0
+    """Return the text tokens of an answer with likelihoods.
+
+    text_length: characters of the answer, where a stop text ended it; None: all tokens.
+    """
+    found: list[TokenLogprob] = []
+    text: list[int] = []
     for token, logprob in zip(tokens.tolist(), likelihoods.tolist(), strict=True):
         if ids.is_image(np.asarray(token), g.vocab) or token in (ids.BOI, ids.EOI, ids.EOS):
             continue
-        if shown >= text_length:
+        if text_length is not None and len(g.tokenizer.decode(text)) >= text_length:
             break
-        text = g.tokenizer.decode([token])
-        shown += len(text)
-        found.append(TokenLogprob(text, logprob))
+        text.append(token)
+        found.append(TokenLogprob(g.tokenizer.decode([token]), logprob))
     return tuple(found)

@@ -1,6 +1,7 @@
 """Counts what the service does, as Prometheus metrics in a registry of its own.
 
-medmax_requests_running, medmax_requests_waiting, medmax_cache_usage_ratio   now, by model
+medmax_requests_running, medmax_requests_waiting                             now, by model
+medmax_cache_slots_used, medmax_cache_usage_ratio                            now, by model
 medmax_requests_total{model, outcome}       finished requests: stop, length or a failure's kind
 medmax_prompt_tokens_total, medmax_generated_tokens_total, medmax_images_total       by model
 medmax_first_token_seconds, medmax_request_seconds                       histograms by model
@@ -21,6 +22,7 @@ class Metrics:
     registry: prometheus_client.CollectorRegistry
     running: prometheus_client.Gauge
     waiting: prometheus_client.Gauge
+    slots_used: prometheus_client.Gauge
     cache_usage: prometheus_client.Gauge
     requests: prometheus_client.Counter
     refused: prometheus_client.Counter
@@ -54,6 +56,7 @@ def make_metrics() -> Metrics:
         registry=registry,
         running=gauge("requests_running", "Requests that occupy a row."),
         waiting=gauge("requests_waiting", "Requests in the queue."),
+        slots_used=gauge("cache_slots_used", "KV-cache slots of running requests."),
         cache_usage=gauge("cache_usage_ratio", "Part of the KV cache that running requests fill."),
         requests=counter("requests", "Requests that ended, by outcome.", "model", "outcome"),
         refused=counter("requests_refused", "Requests that were not accepted.", "reason"),

@@ -64,7 +64,11 @@ def check_turns(g: ModelBundle, turns: Sequence[Sequence[Part]]) -> None:
             raise GenerateError(
                 f"an image has {part.size} codes; it must have {g.vq_config.codes_per_image}"
             )
-    count = sum(not isinstance(part, str) for part in parts)
+    check_image_count(g, sum(not isinstance(part, str) for part in parts))
+
+
+def check_image_count(g: ModelBundle, count: int) -> None:
+    """Raise GenerateError where so many images do not fit into the context."""
     of_image, context = g.vq_config.codes_per_image + 2, g.config.context_length
     if count * of_image + 2 > context:
         raise GenerateError(

@@ -168,7 +168,9 @@ class ServedModel:
                 self._end(request, Failed(tickets.ENGINE, _message(scores)))
                 return
             ((likelihoods, _),) = scores
-            logprobs = token_logprobs(self.bundle, tokens, likelihoods, request.events.text_length)
+            logprobs = token_logprobs(
+                self.bundle, tokens, likelihoods, request.events.stopped_length
+            )
             self._end(request, dataclasses.replace(finished, logprobs=logprobs))
 
         request.scored = True
@@ -213,11 +215,11 @@ class ServedModel:
     def _measure(self) -> None:
         rows, sizes = self.batch.rows, self.engine.sizes
         filled = int(rows.positions[(rows.slots >= 0) & ~rows.done[:, None]].sum())
-        of_name = (self.name,)
-        self.metrics.running.labels(*of_name).set(self.running)
-        self.metrics.waiting.labels(*of_name).set(len(self.batch.queue))
         capacity = sizes.num_slots * sizes.cache_length
-        self.metrics.cache_usage.labels(*of_name).set(filled / capacity)
+        self.metrics.running.labels(self.name).set(self.running)
+        self.metrics.waiting.labels(self.name).set(len(self.batch.queue))
+        self.metrics.slots_used.labels(self.name).set(int((~self.engine.slot_table.free).sum()))
+        self.metrics.cache_usage.labels(self.name).set(filled / capacity)
 
 
 def _send(ticket: Ticket, event: tickets.Event) -> None:

@@ -1,0 +1,258 @@
+"""Serve a model and its adapters over HTTP, as the OpenAI interface with images in both directions.
+
+python -m medmax_jax.serve --model=medmax_jax/tiny --adapter mine=medmax_jax/tiny_adapter
+
+    POST /v1/chat/completions, /v1/images/generations    GET /v1/models, /health, /metrics
+
+A request names the base or an adapter as its model. All requests share one engine per name, on one
+device. The server listens on this machine only; --host opens it, and then requires --api_key_env.
+SIGTERM finishes what runs and refuses new requests. Research only, not for clinical use.
+"""
+
+import argparse
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+import uvicorn
+
+from medmax_jax import arguments, cli
+from medmax_jax.checkpoints import export
+from medmax_jax.configs.sampling import SETS
+from medmax_jax.generation import api
+from medmax_jax.generation.engine import EngineSizes
+from medmax_jax.generation.model_bundle import ModelBundle, load, with_adapter
+from medmax_jax.generation.requests import GenerateError
+from medmax_jax.io.errors import printable_text
+from medmax_jax.io.progress import log_to_stderr, report_waiting
+from medmax_jax.models import kv_cache
+from medmax_jax.serving.api_requests import ReadOptions
+from medmax_jax.serving.app import AppSettings, make_app
+from medmax_jax.serving.service import Limits, Service
+from medmax_jax.storage.folder import StorageError
+
+ERRORS = (ValueError, OSError, StorageError, export.ExportError)
+CONNECTIONS = 64  # in addition to those whose requests run or wait
+MIN_KEY_CHARS = 16
+
+
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(
+        prog="python -m medmax_jax.serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="P", help="model folder")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=P",
+        help="an adapter or the workdir of its training run, and its name; may be repeated",
+    )
+    add("--name", default="", help="name of the base (default: the last part of --model)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8000, help="port; 0: a free one (default: %(default)s)")
+    add(
+        "--api_key_env",
+        default="",
+        metavar="VARIABLE",
+        help="environment variable with the API key that clients must send",
+    )
+    add(
+        "--settings",
+        choices=SETS,
+        default="medmax_eval",
+        help="sampling settings that a request does not set (default: %(default)s)",
+    )
+    add(
+        "--rows",
+        type=int,
+        default=8,
+        help="answers that are generated at a time, for each name (default: %(default)s)",
+    )
+    add(
+        "--image_rows",
+        type=int,
+        default=2,
+        help="images with guidance that are generated at a time, each in two more KV-cache slots "
+        "(default: %(default)s)",
+    )
+    add(
+        "--cache_length",
+        type=int,
+        default=0,
+        help="tokens of a prompt and its answer (default: the context of the model)",
+    )
+    add(
+        "--cache",
+        choices=kv_cache.CACHE_DTYPES,
+        default="model",
+        help='KV-cache dtype: the compute dtype ("model", default) or int8',
+    )
+    add("--queue", type=int, default=64, help="requests that wait (default: %(default)s)")
+    add(
+        "--request_s",
+        type=float,
+        default=600.0,
+        help="seconds from a request to the end of its answer (default: %(default)s)",
+    )
+    add("--max_body_mib", type=int, default=20, help="MiB of a request (default: %(default)s)")
+    add(
+        "--max_pixels",
+        type=int,
+        default=16_000_000,
+        help="pixels of an image in a request (default: %(default)s)",
+    )
+    add(
+        "--drain_s",
+        type=int,
+        default=30,
+        help="seconds to finish what runs after SIGTERM (default: %(default)s)",
+    )
+    add(
+        "--compile_cache",
+        default="",
+        help="folder of compiled programs; off: none (default: the user's)",
+    )
+    return parser  # fmt: skip
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Load the models and serve them until a signal."""
+    key = _api_key(args)
+    names = _names(args)
+    listener = _listen(args.host, args.port)
+    with report_waiting("loading the model", log_to_stderr):
+        bundles = _load(args, names)
+        context = bundles[next(iter(bundles))].config.context_length
+        sizes = EngineSizes(
+            batch_size=args.rows,
+            num_slots=args.rows + 2 * args.image_rows,
+            cache_length=args.cache_length or context,
+            cache_dtype=args.cache,
+        )
+        limits = Limits(queue=args.queue, request_s=args.request_s)
+        service = Service(bundles, sizes, limits, log=log_to_stderr)
+    settings = AppSettings(
+        read=ReadOptions(sample=api.defaults(args.settings), max_pixels=args.max_pixels),
+        max_body_bytes=args.max_body_mib * 2**20,
+        api_key=key,
+        local=_is_local(args.host),
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            make_app(service, settings),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=args.rows * len(bundles) + args.queue + CONNECTIONS,
+            timeout_graceful_shutdown=args.drain_s,
+        )
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {', '.join(bundles)} at http://{shown}:{port}/v1", flush=True)
+    # uvicorn raises the signal again once it has finished; the exit status of the program is 0
+    before = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        service.close(drain_s=0.0)  # the server has waited for its clients
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    log_to_stderr("stopped")
+
+
+def _names(args: argparse.Namespace) -> dict[str, str]:
+    """Return name -> path of the base, "", and of each adapter; raise GenerateError."""
+    base = args.name or PurePosixPath(args.model.rstrip("/")).name
+    names = {base: ""}
+    for given in args.adapter:
+        name, sign, path = given.partition("=")
+        if not sign or not name or not path:
+            raise GenerateError(f"--adapter is {given!r}; use the form NAME=P")
+        if name in names:
+            raise GenerateError(f"--adapter: the name {name!r} is given twice; use another one")
+        names[name] = path
+    return names
+
+
+def _load(args: argparse.Namespace, names: dict[str, str]) -> dict[str, ModelBundle]:
+    """Return the bundle of each name; the adapters use the arrays of the base."""
+    base = load(args.model)
+    return {
+        name: with_adapter(base, args.model, path) if path else base for name, path in names.items()
+    }
+
+
+def _api_key(args: argparse.Namespace) -> str:
+    """Return the API key, "" for none; raise GenerateError where the server would be open."""
+    if not args.api_key_env:
+        if not _is_local(args.host):
+            raise GenerateError(
+                f"--host is {args.host}, so other machines can reach the server; set --api_key_env "
+                "to a variable with a key, or keep --host=127.0.0.1"
+            )
+        return ""
+    key = os.environ.get(args.api_key_env, "").strip()
+    if len(key) < MIN_KEY_CHARS or not key.isascii():
+        raise GenerateError(
+            f"--api_key_env: the variable has no key of at least {MIN_KEY_CHARS} ASCII characters; "
+            "set one, for example: openssl rand -hex 24"
+        )
+    return key
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a bound socket, before the model is loaded: a port in use is reported at once."""
+    if not 0 <= port < 2**16:
+        raise GenerateError(f"--port is {port}; it must be 0 to {2**16 - 1}")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise GenerateError(
+            f"--host={host} --port={port} cannot be used ({reason}); use another port"
+        ) from error
+    return listener
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program and return its exit status."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    cli.skip_absent_tpu()
+    cli.use_compile_cache(args.compile_cache)
+    try:
+        serve(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return cli.INTERRUPTED
+    except ERRORS as error:
+        print(printable_text(f"error: {error}"), file=sys.stderr)
+        return cli.ERROR
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
