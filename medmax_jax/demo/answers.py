@@ -5,6 +5,7 @@ answers(service, [request of the base, request with the adapter])
 """
 
 import dataclasses
+import functools
 import queue
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import PIL.Image
 
 from medmax_jax.config import Sample
+from medmax_jax.demo import markup
 from medmax_jax.generation import api
 from medmax_jax.serving.service import Service
 from medmax_jax.serving.tickets import (
@@ -33,6 +35,13 @@ class ShownImage:
 
     image: PIL.Image.Image
     codes: np.ndarray | None = None
+
+    @functools.cached_property
+    def figure(self) -> str:
+        """Return the image as HTML; each part of an answer shows the conversation again."""
+        generated = self.codes is not None
+        caption = "generated" if generated else "your image"
+        return markup.figures([(self.image, caption)], generated=generated)
 
 
 @dataclasses.dataclass(frozen=True)

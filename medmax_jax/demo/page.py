@@ -35,6 +35,7 @@ from medmax_jax.serving.tickets import GenerationRequest, ServiceError, Ticket
 
 SAMPLE = Path(sample.__file__).parent
 MAX_TEXT, MAX_TOKENS, MAX_SEED = 4_000, 512, 2**32 - 1  # characters of a question; tokens
+STOP_S = 30.0  # seconds in which a cancelled request ends: a chunk, or the compilation
 CONCURRENT = 16  # handlers that run at once; the service has its own limits
 FONTS, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 NO_DOCUMENTATION = dict(docs_url=None, redoc_url=None, openapi_url=None)
@@ -275,7 +276,8 @@ def _chat_tab(models: Models, windows: gr.State, window: gr.State) -> None:
 
     def reset(running: list[Ticket]) -> tuple[Any, ...]:
         cancel(running)
-        while running:  # the last part of a stopped answer comes before the empty conversation
+        end = time.monotonic() + STOP_S
+        while running and time.monotonic() < end:  # the last part of the answer comes first
             time.sleep(0.05)
         return (), [], ""
 
@@ -310,9 +312,7 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def _shown(part: Part) -> Any:
     if not isinstance(part, ShownImage):  # gradio shows a text as HTML
         return html.escape(part if isinstance(part, str) else part.text, quote=False)
-    generated = part.codes is not None
-    caption = "generated" if generated else "your image"
-    return gr.HTML(markup.figures([(part.image, caption)], generated=generated))
+    return gr.HTML(part.figure)
 
 
 # ---- The other tabs ----
