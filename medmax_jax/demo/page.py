@@ -25,6 +25,7 @@ from medmax_jax.data import sample
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.demo import answers, markup, uploads
 from medmax_jax.demo.answers import Note, Part, ShownImage, Turn
+from medmax_jax.generation import api
 from medmax_jax.generation.model_bundle import MAX_PIXELS
 from medmax_jax.generation.requests import GenerateError
 from medmax_jax.models import images
@@ -408,17 +409,28 @@ def _likelihoods_tab(models: Models, windows: gr.State, window: gr.State) -> Non
             turn = _with_image(windows, window, text)
             texts = list(dict.fromkeys(line.strip() for line in options.splitlines()))
             texts = [line for line in texts if line]
-            tokens = answers.prompt(models.service, [turn])
-            scores = models.service.score(models.newest, tokens, texts).result()
-        rows = sorted(zip(texts, scores, strict=True), key=lambda row: -row[1].total)
-        shares = _softmax([s.total for _, s in rows])
+            prompt = answers.prompt(models.service, [turn])
+            scores = models.service.score(models.newest, prompt, texts).result()
+            by_token = [_by_token(models.service, *row) for row in zip(texts, scores, strict=True)]
+        shares = _softmax([score.total for score in scores])
+        rows = [
+            [text, tokens, score.total, score.mean, share]
+            for text, tokens, score, share in zip(texts, by_token, scores, shares, strict=True)
+        ]
         return markup.table(
             "Log-likelihood of each option as the complete answer, in natural logarithms",
-            ["option", "tokens", "total", "per token", "share"],
-            [[t, s.tokens, s.total, s.mean, p] for (t, s), p in zip(rows, shares, strict=True)],
+            ["option", "by token", "total", "per token", "share"],
+            sorted(rows, key=lambda row: -row[2]),
         )
 
     run.click(score, [question, options, windows, window], shown, api_visibility="private")
+
+
+def _by_token(service: Service, option: str, score: api.Score) -> str:
+    """Return each token of an option with its log-likelihood: "y -0.41, es -0.02"."""
+    ((*ids,),) = api.encode_options(service.bundle, [option], "the question")
+    names = [service.bundle.tokenizer.decode([token]) for token in ids]
+    return ", ".join(f"{n} {value:.2f}" for n, value in zip(names, score.by_token, strict=True))
 
 
 def _softmax(values: Sequence[float]) -> list[float]:

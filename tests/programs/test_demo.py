@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -189,6 +190,8 @@ def test_image_from_text_reconstruction_and_likelihoods(page):
     rows = page.locator("table").filter(has_text="per token").locator("tbody tr")
     rows.first.wait_for()
     assert sorted(rows.nth(n).locator("td").first.inner_text() for n in range(2)) == ["no", "yes"]
+    tokens = [rows.nth(n).locator("td").nth(1).inner_text() for n in range(2)]
+    assert all(re.fullmatch(r"(\S+ -\d+\.\d\d(, )?)+", text) for text in tokens), tokens
     shares = [float(rows.nth(n).locator("td").last.inner_text()) for n in range(2)]
     assert sum(shares) == pytest.approx(1, abs=2e-3) and shares[0] >= shares[1]
 
