@@ -39,6 +39,8 @@ from medmax_jax.storage.folder import StorageError
 ERRORS = (ValueError, OSError, StorageError, export.ExportError)
 CONNECTIONS = 64  # in addition to those whose requests run or wait
 MIN_KEY_CHARS = 16
+LEAST = dict(rows=1, image_rows=0, cache_length=0, queue=1, request_s=1, max_body_mib=1,
+             max_pixels=1, drain_s=0)  # fmt: skip
 
 
 def _parser() -> arguments.Parser:
@@ -47,85 +49,40 @@ def _parser() -> arguments.Parser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--model", required=True, metavar="P", help="model folder")
-    add(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=P",
-        help="an adapter or the workdir of its training run, and its name; may be repeated",
-    )
-    add("--name", default="", help="name of the base (default: the last part of --model)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8000, help="port; 0: a free one (default: %(default)s)")
-    add(
-        "--api_key_env",
-        default="",
-        metavar="VARIABLE",
-        help="environment variable with the API key that clients must send",
-    )
-    add(
-        "--settings",
-        choices=SETS,
-        default="medmax_eval",
-        help="sampling settings that a request does not set (default: %(default)s)",
-    )
-    add(
-        "--rows",
-        type=int,
-        default=8,
-        help="answers that are generated at a time, for each name (default: %(default)s)",
-    )
-    add(
-        "--image_rows",
-        type=int,
-        default=2,
-        help="images with guidance that are generated at a time, each in two more KV-cache slots "
-        "(default: %(default)s)",
-    )
-    add(
-        "--cache_length",
-        type=int,
-        default=0,
-        help="tokens of a prompt and its answer (default: the context of the model)",
-    )
-    add(
-        "--cache",
-        choices=kv_cache.CACHE_DTYPES,
-        default="model",
-        help='KV-cache dtype: the compute dtype ("model", default) or int8',
-    )
-    add("--queue", type=int, default=64, help="requests that wait (default: %(default)s)")
-    add(
-        "--request_s",
-        type=float,
-        default=600.0,
-        help="seconds from a request to the end of its answer (default: %(default)s)",
-    )
-    add("--max_body_mib", type=int, default=20, help="MiB of a request (default: %(default)s)")
-    add(
-        "--max_pixels",
-        type=int,
-        default=16_000_000,
-        help="pixels of an image in a request (default: %(default)s)",
-    )
-    add(
-        "--drain_s",
-        type=int,
-        default=30,
-        help="seconds to finish what runs after SIGTERM (default: %(default)s)",
-    )
-    add(
-        "--compile_cache",
-        default="",
-        help="folder of compiled programs; off: none (default: the user's)",
-    )
-    return parser  # fmt: skip
+    parser.add_argument("--model", required=True, metavar="P", help="model folder")
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=P",
+                        help="an adapter, or the workdir of its training run, and its name; may be "
+                        "repeated")  # fmt: skip
+    for flag, kind, default, text in (
+        ("--name", str, "", "name of the base; empty: the last part of --model"),
+        ("--host", str, "127.0.0.1", "address to listen on"),
+        ("--port", int, 8000, "port; 0: a free one"),
+        ("--api_key_env", str, "", "environment variable with the key that clients must send"),
+        ("--rows", int, 8, "answers that are generated at a time, for each name"),
+        ("--image_rows", int, 2, "images with guidance at a time, in two more KV-cache slots each"),
+        ("--cache_length", int, 0, "tokens of a prompt and its answer; 0: the model's context"),
+        ("--queue", int, 64, "requests that wait"),
+        ("--request_s", float, 600.0, "seconds from a request to the end of its answer"),
+        ("--max_body_mib", int, 20, "MiB of a request"),
+        ("--max_pixels", int, 16_000_000, "pixels of an image in a request"),
+        ("--drain_s", int, 30, "seconds to finish what runs after SIGTERM"),
+        ("--compile_cache", str, "", "folder of compiled programs; off: none; empty: the user's"),
+    ):
+        shown = f" (default: {default})" if default else ""
+        metavar = {int: "N", float: "N", str: "TEXT"}[kind]
+        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=text + shown)
+    parser.add_argument("--settings", choices=SETS, default="medmax_eval",
+                        help="sampling settings that a request does not set")  # fmt: skip
+    parser.add_argument("--cache", choices=kv_cache.CACHE_DTYPES, default="model",
+                        help="KV-cache dtype: the compute dtype (model) or int8")  # fmt: skip
+    return parser
 
 
 def serve(args: argparse.Namespace) -> None:
     """Load the models and serve them until a signal."""
+    for flag, least in LEAST.items():
+        if (value := getattr(args, flag)) < least:
+            raise GenerateError(f"--{flag} is {value}; it must be at least {least}")
     key = _api_key(args)
     names = _names(args)
     listener = _listen(args.host, args.port)

@@ -3,8 +3,8 @@
 answer_events  Turns the tokens of one answer into events, up to a stop text.
 api_errors     Errors in the form of the OpenAI interface: a status, and an object that names the
                field.
-api_replies    Writes replies: the objects of the OpenAI interface, complete or as a stream of server
-               events.
+api_replies    Writes replies: the objects of the OpenAI interface, complete or as a stream of
+               server events.
 api_requests   Reads the bodies of requests: the fields of the OpenAI interface, each checked.
 app            The HTTP interface: the routes of the OpenAI interface over one engine service.
 data_urls      Images as data URLs, in requests and in replies.

@@ -92,7 +92,7 @@ class Service:
             for name, g in bundles.items()
         }  # fmt: skip
         self._codes = prompts.CodeCache(lambda images: self.encode(images).result())
-        self._lock = threading.Lock()  # of the three below
+        self._lock = threading.Lock()  # of the two below, and of putting work into the inbox
         self._waiting: set[int] = set()  # accepted, not in a row yet
         self._closing = False
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -263,6 +263,10 @@ class Service:
             logging.exception("the engine thread failed")
             raise
         finally:
+            with self._lock:
+                self._closing = True
+            while not self._inbox.empty():  # callers wait for their results
+                self._inbox.get_nowait()()
             self._fail_all()
 
     def _take_messages(self) -> None:

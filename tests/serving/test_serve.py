@@ -71,7 +71,8 @@ def post(server, path, data, **headers):
         with urllib.request.urlopen(request, timeout=120) as reply:
             return reply.status, reply.headers, reply.read()
     except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read()
+        with error:
+            return error.code, error.headers, error.read()
 
 
 # Replies.
@@ -139,8 +140,8 @@ def test_images_in_replies_and_back_in_a_prompt(client):
     kinds = [part["type"] for part in parts]
     assert "image_url" in kinds and "text" in kinds
     url = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
-    picture = PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-    assert picture.size == (4, 4) and NOTICE in picture.info["Comment"]
+    decoded = PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    assert decoded.size == (4, 4) and NOTICE in decoded.info["Comment"]
     streamed = []
     for chunk in ask(client, **fields, stream=True):
         delta = chunk.choices[0].delta
@@ -159,10 +160,10 @@ def test_images_in_replies_and_back_in_a_prompt(client):
 def test_image_generation(client):
     made = client.images.generate(model="mine", prompt="A CT.", n=2, size="4x4",
                                   extra_body={"seed": 3, "image_temperature": 9.0})  # fmt: skip
-    pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(i.b64_json))) for i in made.data]
-    assert len(pictures) == 2 and all(NOTICE in p.info["Comment"] for p in pictures)
+    made_images = [PIL.Image.open(io.BytesIO(base64.b64decode(i.b64_json))) for i in made.data]
+    assert len(made_images) == 2 and all(NOTICE in p.info["Comment"] for p in made_images)
     assert made.usage.output_tokens == 8
-    assert not np.array_equal(*pictures)
+    assert not np.array_equal(*made_images)
 
 
 def test_requests_as_evaluation_suites_send_them(server, client):
@@ -261,6 +262,7 @@ def test_unknown_routes_are_error_objects(server):
     assert status == 404 and "/v1/completions" in json.loads(body)["error"]["message"]
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{server.url}/chat/completions")
+    error.value.close()
     assert error.value.code == 405
 
 
@@ -333,6 +335,7 @@ def test_a_full_queue_is_429_with_retry_after(server, client):
     [
         (["--adapter=x"], "--adapter is 'x'; use the form NAME=P"),
         (["--adapter=tiny=a"], "the name 'tiny' is given twice"),
+        (["--rows=0"], "--rows is 0; it must be at least 1"),
         (["--host=0.0.0.0"], "so other machines can reach the server; set --api_key_env"),
         (["--api_key_env=NO_SUCH_KEY"], "has no key of at least 16 ASCII characters"),
         (["--port=99999"], "--port is 99999; it must be 0 to 65535"),

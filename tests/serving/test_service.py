@@ -187,7 +187,9 @@ def test_logprobs_are_the_likelihoods_of_the_answer(service, bundles, engines):
     tokens = expected_tokens(e, g, ticket)
     (((likelihoods, _),),) = engine.score_options(e, [ticket.request.prompt], [[tokens]])
     assert [t.logprob for t in end.logprobs] == pytest.approx(likelihoods.tolist(), abs=1e-4)
-    assert [t.token for t in end.logprobs] == [g.tokenizer.decode([token]) for token in tokens]
+    assert [t.token for t in end.logprobs] == [
+        g.tokenizer.decode([token]) for token in tokens.tolist()
+    ]
 
 
 def test_queue_is_bounded_and_cancelled_requests_leave_it(service):
@@ -288,14 +290,17 @@ def test_the_api_key_is_required_but_for_health(service):
                 with pytest.raises(openai.AuthenticationError, match="missing or wrong") as error:
                     client.models.list()
                 assert error.value.code == "invalid_api_key" and key not in str(error.value)
-        with pytest.raises(urllib.error.HTTPError, match="401"):
+        with pytest.raises(urllib.error.HTTPError, match="401") as refused:
             urllib.request.urlopen(f"{url}/metrics")
-        assert urllib.request.urlopen(f"{url}/health").status == 200
+        refused.value.close()
+        with urllib.request.urlopen(f"{url}/health") as reply:
+            assert reply.status == 200
         with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client:
             assert [model.id for model in client.models.list()] == ["base", "mine"]
     finally:
         server.should_exit = True
         thread.join()
+        listener.close()
 
 
 def test_close_finishes_what_was_accepted(bundles):
