@@ -207,7 +207,9 @@ def main() -> None:
     if args.before or args.rounds > 1:
         results = _medians(args.parts, args.rounds, args.before)
     else:
-        subprocess.run([sys.executable, "-m", "compileall", "-q", "medmax_jax"], cwd=ROOT)
+        subprocess.run(
+            [sys.executable, "-m", "compileall", "-q", "medmax_jax"], cwd=ROOT, check=True
+        )
         results = {}
         for part in args.parts:
             with tempfile.TemporaryDirectory() as folder:

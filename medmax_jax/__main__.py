@@ -20,11 +20,8 @@ COMMANDS = {
     "sweep": ("medmax_jax.sweep", "expand, run, render and collect a grid of training runs"),
     "scaling": ("medmax_jax.scaling", "fit a scaling law to a table of runs"),
     "generate": ("medmax_jax.generate", "generate text, images or both from prompts"),
+    "demo": ("medmax_jax.demo", "serve a page on this machine: chat, images, likelihoods"),
     "serve": ("medmax_jax.serve", "serve a model and its adapters as the OpenAI interface"),
-    "demo": (
-        "medmax_jax.demo",
-        "serve a page on this machine: chat, images, likelihoods",
-    ),
     "convert": ("medmax_jax.convert", "convert, inspect and check checkpoints and adapters"),
     "eval": ("medmax_jax.eval.run", "evaluate a model on the benchmark suite"),
     "compare": ("medmax_jax.eval.compare", "compare two evaluations with paired tests"),

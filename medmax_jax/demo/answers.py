@@ -5,6 +5,7 @@ answers(service, [request of the base, request with the adapter])
 """
 
 import dataclasses
+import functools
 import queue
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,15 +14,18 @@ import numpy as np
 import PIL.Image
 
 from medmax_jax.config import Sample
+from medmax_jax.demo import markup
 from medmax_jax.generation import api
 from medmax_jax.serving.service import Service
 from medmax_jax.serving.tickets import (
+    CANCELLED,
     Event,
     Failed,
     Finished,
     GenerationRequest,
     ImageDone,
     TextDelta,
+    Ticket,
 )
 
 
@@ -31,6 +35,13 @@ class ShownImage:
 
     image: PIL.Image.Image
     codes: np.ndarray | None = None
+
+    @functools.cached_property
+    def figure(self) -> str:
+        """Return the image as HTML; each part of an answer shows the conversation again."""
+        generated = self.codes is not None
+        caption = "generated" if generated else "your image"
+        return markup.figures([(self.image, caption)], generated=generated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,26 +81,32 @@ def text_of(turn: Turn) -> str:
     return "\n".join(pieces)
 
 
-def answers(service: Service, requests: Sequence[GenerationRequest]) -> Iterator[tuple[Turn, ...]]:
+def answers(
+    service: Service, requests: Sequence[GenerationRequest], running: list[Ticket] | None = None
+) -> Iterator[tuple[Turn, ...]]:
     """Yield what each request has answered so far, whenever there is more.
 
     The requests run at the same time, and are cancelled where the iterator is closed early. A
-    failure is a Note in what is incomplete. Raises the errors of `Service.submit`.
+    failure is a Note in what is incomplete. `running` has the tickets until all have ended, for
+    another thread that cancels them. Raises the errors of `Service.submit`.
     """
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-    tickets, so_far, running = [], [()] * len(requests), len(requests)
+    tickets: list[Ticket] = [] if running is None else running
+    so_far: list[Turn] = [()] * len(requests)
+    left = len(requests)
     try:
         for index, request in enumerate(requests):
             put = lambda event, index=index: events.put((index, event))  # noqa: E731
             tickets.append(service.submit(request, put))
-        while running:
+        while left:
             index, event = events.get()
-            running -= isinstance(event, Finished | Failed)
+            left -= isinstance(event, Finished | Failed)
             so_far[index] = _extended(so_far[index], event)
             yield tuple(so_far)
     finally:
         for ticket in tickets:
             ticket.cancel()
+        tickets.clear()
 
 
 def _has_text(part: Part) -> bool:
@@ -110,7 +127,8 @@ def _extended(turn: Turn, event: Event) -> Turn:
             return (*turn[:-1], turn[-1] + event.text)
         return (*turn, event.text)
     if isinstance(event, Failed):
-        return (*turn, Note(f"(incomplete: {event.message})"))
+        stopped = event.kind == CANCELLED
+        return (*turn, Note("(stopped)" if stopped else f"(incomplete: {event.message})"))
     if isinstance(event, Finished) and event.reason == "length":
         return (*turn, Note("(stopped at the limit of tokens)"))
     if isinstance(event, Finished) and not turn:

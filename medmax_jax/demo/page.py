@@ -10,6 +10,7 @@ has been read: no image is written to gradio's cache, but those of the embedded 
 import contextlib
 import dataclasses
 import html
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ from medmax_jax.data import sample
 from medmax_jax.data.sample.manifest import read_manifest
 from medmax_jax.demo import answers, markup, uploads
 from medmax_jax.demo.answers import Note, Part, ShownImage, Turn
+from medmax_jax.generation import api
 from medmax_jax.generation.model_bundle import MAX_PIXELS
 from medmax_jax.generation.requests import GenerateError
 from medmax_jax.models import images
 from medmax_jax.models.image_headers import ImageError
 from medmax_jax.models.tokenizer import TokenizerError
 from medmax_jax.serving.service import Service
-from medmax_jax.serving.tickets import GenerationRequest, ServiceError
+from medmax_jax.serving.tickets import GenerationRequest, ServiceError, Ticket
 
 SAMPLE = Path(sample.__file__).parent
 MAX_TEXT, MAX_TOKENS, MAX_SEED = 4_000, 512, 2**32 - 1  # characters of a question; tokens
+STOP_S = 30.0  # seconds in which a cancelled request ends: a chunk, or the compilation
 CONCURRENT = 16  # handlers that run at once; the service has its own limits
 FONTS, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 NO_DOCUMENTATION = dict(docs_url=None, redoc_url=None, openapi_url=None)
@@ -241,7 +244,7 @@ def _needed(windows: Windows | None, window: str) -> PIL.Image.Image:
 
 
 def _chat_tab(models: Models, windows: gr.State, window: gr.State) -> None:
-    turns = gr.State(())
+    turns, running = gr.State(()), gr.State([])  # the list is changed, never replaced
     chat = gr.Chatbot(
         label="Conversation", height=460, render_markdown=False, feedback_options=None, buttons=[],
         elem_id="chat", placeholder="Ask about the image, or about anything.",
@@ -260,22 +263,30 @@ def _chat_tab(models: Models, windows: gr.State, window: gr.State) -> None:
         )
         settings = _text_settings()
 
-    def answer(text, turns, windows, window, mode, *numbers):
+    def answer(text, turns, running, windows, window, mode, *numbers):
         with explained():
             asked = _with_question(turns, _with_image(windows, window, text))
             request = _request(models, models.newest, asked, mode, numbers)
             yield asked, _messages((*asked, (WAITING,))), ""
-            for (so_far,) in answers.answers(models.service, [request]):
+            for (so_far,) in answers.answers(models.service, [request], running):
                 yield (*asked, so_far), _messages((*asked, so_far)), gr.skip()
 
-    inputs = [question, turns, windows, window, mode, *settings]
-    outputs = [turns, chat, question]
-    events = [
-        trigger(answer, inputs, outputs, api_visibility="private", show_progress="hidden")
-        for trigger in (send.click, question.submit)
-    ]
-    stop.click(None, cancels=events)
-    new.click(lambda: ((), [], ""), None, outputs, cancels=events, api_visibility="private")
+    def cancel(running: list[Ticket]) -> None:
+        for ticket in [*running]:
+            ticket.cancel()
+
+    def reset(running: list[Ticket]) -> tuple[Any, ...]:
+        cancel(running)
+        end = time.monotonic() + STOP_S
+        while running and time.monotonic() < end:  # the last part of the answer comes first
+            time.sleep(0.05)
+        return (), [], ""
+
+    inputs = [question, turns, running, windows, window, mode, *settings]
+    outputs, hidden = [turns, chat, question], dict(api_visibility="private")
+    gr.on([send.click, question.submit], answer, inputs, outputs, show_progress="hidden", **hidden)
+    stop.click(cancel, running, None, **hidden)
+    new.click(reset, running, outputs, **hidden)
 
 
 def _with_question(turns: Sequence[Turn], question: Turn) -> tuple[Turn, ...]:
@@ -302,9 +313,7 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def _shown(part: Part) -> Any:
     if not isinstance(part, ShownImage):  # gradio shows a text as HTML
         return html.escape(part if isinstance(part, str) else part.text, quote=False)
-    generated = part.codes is not None
-    caption = "generated" if generated else "your image"
-    return gr.HTML(markup.figures([(part.image, caption)], generated=generated))
+    return gr.HTML(part.figure)
 
 
 # ---- The other tabs ----
@@ -400,17 +409,28 @@ def _likelihoods_tab(models: Models, windows: gr.State, window: gr.State) -> Non
             turn = _with_image(windows, window, text)
             texts = list(dict.fromkeys(line.strip() for line in options.splitlines()))
             texts = [line for line in texts if line]
-            tokens = answers.prompt(models.service, [turn])
-            scores = models.service.score(models.newest, tokens, texts).result()
-        rows = sorted(zip(texts, scores, strict=True), key=lambda row: -row[1].total)
-        shares = _softmax([s.total for _, s in rows])
+            prompt = answers.prompt(models.service, [turn])
+            scores = models.service.score(models.newest, prompt, texts).result()
+            by_token = [_by_token(models.service, *row) for row in zip(texts, scores, strict=True)]
+        shares = _softmax([score.total for score in scores])
+        rows = [
+            [text, tokens, score.total, score.mean, share]
+            for text, tokens, score, share in zip(texts, by_token, scores, shares, strict=True)
+        ]
         return markup.table(
             "Log-likelihood of each option as the complete answer, in natural logarithms",
-            ["option", "tokens", "total", "per token", "share"],
-            [[t, s.tokens, s.total, s.mean, p] for (t, s), p in zip(rows, shares, strict=True)],
+            ["option", "by token", "total", "per token", "share"],
+            sorted(rows, key=lambda row: -row[2]),
         )
 
     run.click(score, [question, options, windows, window], shown, api_visibility="private")
+
+
+def _by_token(service: Service, option: str, score: api.Score) -> str:
+    """Return each token of an option with its log-likelihood: "y -0.41, es -0.02"."""
+    ((*ids,),) = api.encode_options(service.bundle, [option], "the question")
+    names = [service.bundle.tokenizer.decode([token]) for token in ids]
+    return ", ".join(f"{n} {value:.2f}" for n, value in zip(names, score.by_token, strict=True))
 
 
 def _softmax(values: Sequence[float]) -> list[float]:

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from medmax_jax.config import Sample
 from medmax_jax.configs.sampling import SETS
@@ -48,6 +48,7 @@ class Score:
     total: float
     tokens: int
     greedy: bool  # each of its tokens is the most likely one of the vocabulary
+    by_token: tuple[float, ...] = dataclasses.field(compare=False)  # the terms of the total
 
     @property
     def mean(self) -> float:
@@ -209,12 +210,19 @@ def score(
     )
     e = engine.make_engine(g.model, g.vocab, g.mesh, sizes, codes=codes)
     return [
-        [
-            Score(total=float(likelihoods.sum()), tokens=len(likelihoods), greedy=bool(best.all()))
-            for likelihoods, best in of_prompt
-        ]
+        [make_score(likelihoods, best) for likelihoods, best in of_prompt]
         for of_prompt in engine.score_options(e, tokens, encoded)
     ]
+
+
+def make_score(likelihoods: Float[np.ndarray, "_"], best: Bool[np.ndarray, "_"]) -> Score:
+    """Return the score of an option from what the engine returns for its tokens."""
+    return Score(
+        total=float(likelihoods.sum()),
+        tokens=len(likelihoods),
+        greedy=bool(best.all()),
+        by_token=tuple(likelihoods.tolist()),
+    )
 
 
 def encode_options(

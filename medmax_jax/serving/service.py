@@ -169,10 +169,7 @@ class Service:
             if isinstance(scores, Exception):
                 future.set_exception(scores)
                 return
-            future.set_result([
-                api.Score(total=float(x.sum()), tokens=len(x), greedy=bool(best.all()))
-                for x, best in scores
-            ])  # fmt: skip
+            future.set_result([api.make_score(x, best) for x, best in scores])
 
         with self._lock:
             self._post(lambda: served.scoring.append((prompt, encoded, done)))

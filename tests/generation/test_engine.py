@@ -244,6 +244,8 @@ def test_scores_of_text_options(g):  # noqa: F811
     (scores,) = api.score(g, [["Is it a CT?"]], [["yes", "no, it is not"]])
     assert all(s.total < 0 and s.mean == s.total / s.tokens for s in scores)
     assert scores[1].tokens > scores[0].tokens
+    assert all(len(s.by_token) == s.tokens for s in scores)
+    assert [sum(s.by_token) for s in scores] == pytest.approx([s.total for s in scores], abs=1e-4)
     assert api.score(g, [], []) == []
     with pytest.raises(
         prompt_requests.GenerateError, match="prompt 0 has no options, or an empty one"

@@ -3,11 +3,13 @@
 The program runs in a process of its own with the shipped model; Chromium is the machine's.
 """
 
+import contextlib
 import importlib.util
 import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +27,7 @@ from test_package import SETTINGS
 from medmax_jax import generation
 from medmax_jax.demo import answers
 from medmax_jax.generation.output_files import NOTICE
+from medmax_jax.serving import Failed, TextDelta, Ticket
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -187,6 +190,8 @@ def test_image_from_text_reconstruction_and_likelihoods(page):
     rows = page.locator("table").filter(has_text="per token").locator("tbody tr")
     rows.first.wait_for()
     assert sorted(rows.nth(n).locator("td").first.inner_text() for n in range(2)) == ["no", "yes"]
+    tokens = [rows.nth(n).locator("td").nth(1).inner_text() for n in range(2)]
+    assert all(re.fullmatch(r"(\S+ -\d+\.\d\d(, )?)+", text) for text in tokens), tokens
     shares = [float(rows.nth(n).locator("td").last.inner_text()) for n in range(2)]
     assert sum(shares) == pytest.approx(1, abs=2e-3) and shares[0] >= shares[1]
 
@@ -250,18 +255,27 @@ def test_every_tab_has_the_notice_is_accessible_and_fits(demo, browser, width, s
     context.close()
 
 
-@browser_test
-def test_the_memory_of_a_closed_page_is_released(browser, tmp_path, monkeypatch):
-    """In this process, whose memory can be inspected; the page is not asked for answers."""
+@contextlib.contextmanager
+def served_here(service, folder):
+    """The page in this process, whose memory can be inspected, and its address."""
     from medmax_jax.demo import page as demo_page
 
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    blocks = demo_page.build(demo_page.Models(service=None, base="tiny", adapter="", facts={}))
-    port = free_port()
-    demo_page.launch(blocks, port)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        models = demo_page.Models(service=service, base="tiny", adapter="", facts={})
+        blocks, port = demo_page.build(models), free_port()
+        demo_page.launch(blocks, port)
+        try:
+            yield blocks, f"http://127.0.0.1:{port}"
+        finally:
+            blocks.close()
+
+
+@browser_test
+def test_the_memory_of_a_closed_page_is_released(browser, tmp_path):
+    with served_here(None, tmp_path) as (blocks, address):
         opened = browser.new_page()
-        opened.goto(f"http://127.0.0.1:{port}")
+        opened.goto(address)
         upload(opened, own_png())
         opened.wait_for_selector("text=your image, 96 x 96")
         sessions = blocks.state_holder.session_data
@@ -272,8 +286,47 @@ def test_the_memory_of_a_closed_page_is_released(browser, tmp_path, monkeypatch)
         while sessions and time.monotonic() < end:
             time.sleep(0.2)
         assert not sessions
-    finally:
-        blocks.close()
+
+
+class WaitingService:
+    """Answers when the test delivers an event; a cancelled request fails as in the service."""
+
+    def __init__(self):
+        self.tickets, self.turns = [], []
+
+    def prompt(self, turns):
+        self.turns.append(turns)
+        return np.arange(3)
+
+    def submit(self, request, deliver):
+        failed = Failed("cancelled", "the client cancelled the request")
+        self.tickets.append(Ticket(0, request, deliver, lambda ticket: ticket.deliver(failed)))
+        deliver(TextDelta("A "))
+        return self.tickets[-1]
+
+
+@browser_test
+def test_an_answer_is_streamed_and_stopped_and_the_next_one_starts(browser, tmp_path):
+    service = WaitingService()
+    with served_here(service, tmp_path) as (_, address):
+        opened = browser.new_page()
+        opened.set_default_timeout(WAIT_MS)
+        opened.goto(address)
+        for number in range(2):  # a stopped answer does not block the next question
+            opened.fill("#question textarea, #question input", "What is it?")
+            opened.click("#send")
+            last = opened.locator("#chat .bot").nth(number)
+            last.get_by_text("A", exact=True).wait_for()
+            service.tickets[number].deliver(TextDelta("CT"))
+            last.get_by_text("A CT", exact=True).wait_for()
+            if not number:
+                opened.get_by_role("button", name="Stop").click()
+                last.get_by_text("(stopped)").wait_for()
+        assert service.turns[1] == [["What is it?"], ["A CT"], ["What is it?"]]
+        opened.get_by_role("button", name="New chat").click()
+        opened.get_by_text("Ask about the image").wait_for()
+        assert not opened.locator("#chat .bot").count()
+        opened.close()
 
 
 @browser_test

@@ -10,9 +10,22 @@ from medmax_jax.demo import answers
 from medmax_jax.demo.answers import Note, ShownImage
 from medmax_jax.generation.requests import GenerateError
 from medmax_jax.generation.sampling_params import check_sample
-from medmax_jax.serving import Failed, Finished, ImageDone, QueueFullError, TextDelta, Ticket
+from medmax_jax.serving import (
+    Failed,
+    Finished,
+    GenerationRequest,
+    ImageDone,
+    QueueFullError,
+    TextDelta,
+    Ticket,
+)
 
 IMAGE, CODES = PIL.Image.new("RGB", (4, 4)), np.arange(4)
+
+
+def asked(model):
+    sample = answers.make_sample(temperature=0, max_tokens=5, seed=0)
+    return GenerationRequest(model=model, prompt=np.arange(3), sample=sample, mode="text")
 
 
 def finished(reason="stop"):
@@ -29,7 +42,7 @@ class Scripted:
     cancelled: list = dataclasses.field(default_factory=list)
 
     def submit(self, request, deliver):
-        if request is None:
+        if request.model == "full":
             raise QueueFullError("8 requests wait already", 1)
         index = len(self.tickets)
         self.tickets.append(
@@ -44,7 +57,7 @@ class Scripted:
 def test_answers_grow_in_the_order_of_events():
     events = [(1, TextDelta("a")), (0, TextDelta("A ")), (0, TextDelta("CT.")), (1, finished())]
     events += [(0, ImageDone(IMAGE, CODES)), (0, TextDelta("End")), (0, finished("length"))]
-    *_, last = found = list(answers.answers(Scripted(events, 2), ["first", "second"]))
+    *_, last = found = list(answers.answers(Scripted(events, 2), [asked("a"), asked("b")]))
     assert found[:3] == [((), ("a",)), (("A ",), ("a",)), (("A CT.",), ("a",))]
     text, image, end, note = last[0]
     assert (text, image.image, image.codes, end) == ("A CT.", IMAGE, CODES, "End")
@@ -56,24 +69,26 @@ def test_answers_grow_in_the_order_of_events():
     ("events", "turn"),
     [
         ([finished()], (Note("(no text)"),)),
+        ([TextDelta("A"), Failed("cancelled", "the client")], ("A", Note("(stopped)"))),
         ([TextDelta("A"), Failed("time", "no answer within 600 seconds")],
          ("A", Note("(incomplete: no answer within 600 seconds)"))),
     ],
 )  # fmt: skip
 def test_an_answer_without_text_or_end_has_a_note(events, turn):
-    *_, (last,) = answers.answers(Scripted([(0, event) for event in events], 1), ["a"])
+    *_, (last,) = answers.answers(Scripted([(0, event) for event in events], 1), [asked("a")])
     assert last == turn
 
 
 def test_a_reader_that_leaves_cancels_all_requests():
-    service = Scripted([(0, TextDelta("A"))], 2)
-    reader = answers.answers(service, ["first", "second"])
+    service, running = Scripted([(0, TextDelta("A"))], 2), []
+    reader = answers.answers(service, [asked("a"), asked("b")], running)
     next(reader)
+    assert [ticket.index for ticket in running] == [0, 1]
     reader.close()
-    assert service.cancelled == [0, 1]
+    assert service.cancelled == [0, 1] and not running
     service = Scripted([], 2)
     with pytest.raises(QueueFullError):
-        next(answers.answers(service, ["first", None]))
+        next(answers.answers(service, [asked("a"), asked("full")]))
     assert service.cancelled == [0]
 
 
