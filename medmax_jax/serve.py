@@ -10,6 +10,7 @@ SIGTERM finishes what runs and refuses new requests. Research only, not for clin
 """
 
 import argparse
+import dataclasses
 import ipaddress
 import logging
 import os
@@ -24,7 +25,7 @@ import uvicorn
 from medmax_jax import arguments, cli
 from medmax_jax.checkpoints import export
 from medmax_jax.configs.sampling import SETS
-from medmax_jax.generation import api
+from medmax_jax.generation import api, sampling_params
 from medmax_jax.generation.engine import EngineSizes
 from medmax_jax.generation.model_bundle import ModelBundle, load, with_adapter
 from medmax_jax.generation.requests import GenerateError
@@ -60,6 +61,7 @@ def _parser() -> arguments.Parser:
         ("--api_key_env", str, "", "environment variable with the key that clients must send"),
         ("--rows", int, 8, "answers that are generated at a time, for each name"),
         ("--image_rows", int, 2, "images with guidance at a time, in two more KV-cache slots each"),
+        ("--jacobi_window", int, 0, "image codes per pass, see sample.jacobi_window; 0: one"),
         ("--cache_length", int, 0, "tokens of a prompt and its answer; 0: the model's context"),
         ("--queue", int, 64, "requests that wait"),
         ("--request_s", float, 600.0, "seconds from a request to the end of its answer"),
@@ -88,17 +90,20 @@ def serve(args: argparse.Namespace) -> None:
     listener = _listen(args.host, args.port)
     with report_waiting("loading the model", log_to_stderr):
         bundles = _load(args, names)
-        context = bundles[next(iter(bundles))].config.context_length
+        base = bundles[next(iter(bundles))]
+        sample = dataclasses.replace(api.defaults(args.settings), jacobi_window=args.jacobi_window)
+        codes = base.vq_config.codes_per_image
+        sampling_params.resolve(sample, base.vocab, mode="mixed", codes=codes)  # or raises
         sizes = EngineSizes(
             batch_size=args.rows,
             num_slots=args.rows + 2 * args.image_rows,
-            cache_length=args.cache_length or context,
+            cache_length=args.cache_length or base.config.context_length,
             cache_dtype=args.cache,
         )
         limits = Limits(queue=args.queue, request_s=args.request_s)
         service = Service(bundles, sizes, limits, log=log_to_stderr)
     settings = AppSettings(
-        read=ReadOptions(sample=api.defaults(args.settings), max_pixels=args.max_pixels),
+        read=ReadOptions(sample=sample, max_pixels=args.max_pixels),
         max_body_bytes=args.max_body_mib * 2**20,
         api_key=key,
         local=_is_local(args.host),

@@ -85,7 +85,11 @@ class ServedModel:
             ticket=ticket, queued=queued, deadline=deadline, begin=time.monotonic(),
             events=AnswerEvents(self.bundle, ticket.request.stop),
         )  # fmt: skip
-        scheduler.add(self.batch, queued)
+        try:
+            scheduler.add(self.batch, queued)
+        except GenerateError as error:  # it cannot run together with those before it
+            self.fail(ticket.index, Failed(tickets.ENGINE, str(error)))
+            return
         self.metrics.prompt_tokens.labels(self.name).inc(len(queued.request.tokens))
 
     def step(self) -> None:
