@@ -296,9 +296,7 @@ ADDED = {
     },
     "train.residual_dropout": 0.0,
     "optim.schedule": "run",
-    "sample.jacobi_window": 0,
-    "sample.jacobi_rule": "gumbel",
-    "sample.jacobi_init": "vertical",
+    **{"sample.jacobi_window": 0, "sample.jacobi_rule": "gumbel", "sample.jacobi_init": "vertical"},
     "run.stages": [],
 }
 MAX_POSITIONS = 1 << 24  # RoPE computes in fp32, which has no odd numbers beyond
