@@ -333,10 +333,6 @@ def _step(
     seen = state.seen
     if draws != "codes":  # which are never text
         seen |= active[:, None] & (token[:, None] == jnp.arange(config.vocab.size))
-    order = jnp.arange(tokens.shape[1])
-    at = jnp.where(
-        order < accepted[:, None], (rows.count - start)[:, None] + order, state.out.shape[1]
-    )
     return LoopState(
         step=state.step + 1,
         rows=rows._replace(
@@ -350,11 +346,23 @@ def _step(
             needs_guidance_slots=rows.needs_guidance_slots | opens,
         ),
         seen=seen,
-        out=state.out.at[jnp.arange(len(at))[:, None], at].set(tokens, mode="drop"),
+        out=_append(state.out, rows.count - start, tokens, accepted),
         opened=state.opened | opens.any(),
         cache=cache,
         drafts=drafts,
     )
+
+
+def _append(
+    out: Int[Array, "N C"],
+    length: Int[Array, "N"],
+    tokens: Int[Array, "N W"],
+    accepted: Int[Array, "N"],
+) -> Int[Array, "N C"]:
+    """Write the first `accepted` tokens of each row behind its first `length`."""
+    order = jnp.arange(tokens.shape[1])
+    places = jnp.where(order < accepted[:, None], length[:, None] + order, out.shape[1])
+    return out.at[jnp.arange(len(out))[:, None], places].set(tokens, mode="drop")
 
 
 def _over(

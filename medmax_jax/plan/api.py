@@ -57,8 +57,6 @@ def plan(
     machine = parse(topology, slices=slices)
     if not 0 < utilisation <= 1:
         raise PlanError(f"--utilisation={utilisation}; it must be in (0, 1]")
-    if not codes_per_pass >= 1:
-        raise PlanError(f"--codes_per_pass={codes_per_pass}; it must be at least 1")
     settings = ConfigDict(settings)  # a copy, which keeps references between fields
     with cli.open_workdir(cache, "--cache") as work:
         folder = work.folder
@@ -160,6 +158,8 @@ def _steps(tokens: int, settings: ConfigDict) -> int:
 def _decoding(
     run: Run, topology: Topology, cache: pathlib.Path, mode: str, codes_per_pass: float
 ) -> dict[str, Any]:
+    if not codes_per_pass >= 1:
+        raise PlanError(f"--codes_per_pass={codes_per_pass}; it must be at least 1")
     rows, prompt = run.mesh.data * run.mesh.fsdp, run.model.context_length // 4
     program = plan_compile.decode(run, topology, mode=mode, rows=rows, prompt=prompt)
     answer = compile_cache.compile_cached(cache, program, run, topology)
