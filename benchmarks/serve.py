@@ -57,7 +57,7 @@ SIZES = {
     "tiny": {},  # the shipped model, for a test
 }  # fmt: skip
 NEW = 96  # tokens of an answer
-NONCES = 200  # of the soak, each with its answer
+NONCES = 64  # of the soak, each with its answer
 SOAK_TOKENS = 24
 
 
@@ -166,7 +166,10 @@ def measure_rate(scratch: pathlib.Path, args: argparse.Namespace) -> dict[str, A
             if number:  # the first round compiles
                 for name, rate in zip(rates, pair, strict=True):
                     rates[name].append(round(rate, 1))
-                print(f"round {number}: engine {pair[0]:.1f}, server {pair[1]:.1f} tokens/s")
+                print(
+                    f"round {number}: engine {pair[0]:.1f}, server {pair[1]:.1f} tokens/s",
+                    flush=True,
+                )
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return medians | dict(ratio=round(medians["server"] / medians["engine"], 3), rounds=rates)
 

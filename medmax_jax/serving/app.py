@@ -32,7 +32,14 @@ from medmax_jax.serving.api_errors import ApiError, of_exception, of_failure
 from medmax_jax.serving.api_replies import Choice, ReplyWriter
 from medmax_jax.serving.api_requests import Asked, ReadOptions
 from medmax_jax.serving.service import Service
-from medmax_jax.serving.tickets import Event, Failed, Finished, ServiceError, Ticket
+from medmax_jax.serving.tickets import (
+    Event,
+    Failed,
+    Finished,
+    ImageDone,
+    ServiceError,
+    Ticket,
+)
 
 BODY_S = 60.0  # seconds until a body is complete
 READERS = 16  # requests whose images are decoded and encoded at once
@@ -245,7 +252,10 @@ async def _chunks(answers: _Answers, asked: Asked, writer: ReplyWriter) -> Async
             return
         if isinstance(event, Finished):
             choices[index].add(event)
-        yield writer.chunk(index, event)
+        if isinstance(event, ImageDone):  # PNG takes time
+            yield await anyio.to_thread.run_sync(writer.chunk, index, event)
+        else:
+            yield writer.chunk(index, event)
     if asked.include_usage:
         yield writer.usage_chunk(choices)
     yield api_replies.DONE
