@@ -4,6 +4,7 @@ The program runs in a process of its own with the shipped model; Chromium is the
 """
 
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import PIL.Image
@@ -36,12 +38,13 @@ ADAPTER = "--adapter=medmax_jax/tiny_adapter"
 AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
 WAIT_MS = 180_000  # the first answer of each kind compiles
 TABS = ("Chat", "Image from text", "Before and after", "Reconstruction", "Likelihoods")
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="gradio is not installed"
+)
 in_browser = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("gradio") is None, reason="gradio is not installed"
-    ),
+    needs_gradio,
 ]
 
 
@@ -269,6 +272,9 @@ def served_here(service, folder):
             yield blocks, f"http://127.0.0.1:{port}"
         finally:
             blocks.close()
+            with warnings.catch_warnings():  # gradio leaves event loops and their sockets open
+                warnings.simplefilter("ignore", ResourceWarning)
+                gc.collect()
 
 
 @browser_test
@@ -349,6 +355,7 @@ def test_without_gradio_the_message_has_the_command():
     assert (done.returncode, done.stderr) == (1, expected)
 
 
+@needs_gradio
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -357,7 +364,6 @@ def test_without_gradio_the_message_has_the_command():
     ],
 )
 def test_wrong_flags_are_explained_in_one_line(words, message, tmp_path):
-    pytest.importorskip("gradio")
     with socket.socket() as used:
         used.bind(("127.0.0.1", 0))
         used.listen()
@@ -372,20 +378,29 @@ def test_wrong_flags_are_explained_in_one_line(words, message, tmp_path):
     assert line.startswith(f"error: {message}")
 
 
-def test_the_page_records_nothing_and_has_no_interface_for_programs(monkeypatch):
-    gr = pytest.importorskip("gradio")
-    from medmax_jax.demo import page as demo_page
+# In a process of its own: gradio leaves event loops open.
+PAGE = """
+import json, gradio as gr
+from medmax_jax.demo import page
 
-    settings = {}
-    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **given: settings.update(given))
-    models = demo_page.Models(service=None, base="tiny", adapter="mine", facts={"model": "<tiny>"})
-    blocks = demo_page.build(models)
-    demo_page.launch(blocks, 7860)
+settings = {}
+gr.Blocks.launch = lambda self, **given: settings.update(given)
+models = page.Models(service=None, base="tiny", adapter="mine", facts={"model": "<tiny>"})
+blocks = page.build(models)
+page.launch(blocks, 7860)
+print(json.dumps([settings, blocks.get_config_file()], default=str))
+"""
+
+
+@needs_gradio
+def test_the_page_records_nothing_and_has_no_interface_for_programs():
+    done = subprocess.run([sys.executable, "-c", PAGE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.splitlines()[-1]
+    settings, config = json.loads(text)
     assert settings["share"] is settings["run_history"] is settings["enable_monitoring"] is False
     assert settings["server_name"] == "127.0.0.1"
-    config = blocks.get_config_file()
     assert config["analytics_enabled"] is False
     assert {d["api_visibility"] for d in config["dependencies"]} == {"private"}
     assert [d["targets"][0][1] for d in config["dependencies"]].count("unload") == 1
-    text = json.dumps(config, default=str)
     assert NOTICE in text and "&lt;tiny&gt;" in text and "googleapis" not in text
