@@ -31,7 +31,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import PIL.Image
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -50,6 +49,7 @@ from medmax_jax.eval.encoders import modality
 from medmax_jax.eval.metrics import embeddings
 from medmax_jax.generation import engine, generate_tokens, model_bundle, prompt_tokens
 from medmax_jax.io import charts
+from medmax_jax.models import images
 from medmax_jax.models.vocab import BOI, BOS, IMAGE_START
 
 MODEL = "medmax_jax/tiny"
@@ -272,8 +272,7 @@ def draw_samples(scratch: pathlib.Path, g: model_bundle.ModelBundle, real, path)
                 axes[row][column].set_title(title, fontsize=9)
         axes[row][0].set_ylabel(results.ARMS[dropout].replace(" ", "\n"))
     charts.save(figure, path)
-    with PIL.Image.open(path) as drawn:  # a fifth of the bytes
-        few_colors = drawn.convert("RGB").quantize(128)
+    few_colors = images.load(path).convert("RGB").quantize(128)  # a fifth of the bytes
     few_colors.save(path, optimize=True)
 
 

@@ -36,7 +36,10 @@ from medmax_jax.storage.atomic_folder import private_umask
 
 log = logging.getLogger("medmax_jax.tfds")
 
-TEXTS = ("image_path", "task", "source", "credential", "group", "id", "image_sha256")
+TEXTS = (
+    "image_path", "task", "source", "credential", "group", "id", "image_sha256", "view",
+    "answer_view",
+)  # fmt: skip
 NAME = "medmax_records"  # as TFDS spells the class below
 _WORD = re.compile(r"[a-z][a-z0-9_]*")
 

@@ -108,6 +108,7 @@ def test_command_killed_at_random_points_ends_with_the_same_codes(complete, tmp_
     assert json.loads((out / "dataset.json").read_text())["pictures"] == len(PATHS)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_one_takes_over(complete, tmp_path):
     out = tmp_path / "codes"
     pair = [child(out, process=i, processes=2, patience=2.0) for i in range(2)]

@@ -254,6 +254,7 @@ def test_text_is_compared_with_the_tokens(tmp_path):
     assert bring(tmp_path, right, out="b")["text_disagrees"] == "not compared"
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
     peaks = []
     for n in (300, 3_000):

@@ -356,6 +356,7 @@ def test_a_full_disk_keeps_the_written_records(tmp_path):
     assert len(journal.read_jsonl(out / "records.jsonl")) == ITEMS
 
 
+@pytest.mark.slow
 def test_shards_in_processes_equal_one_run(tmp_path):
     """1, 2 and 4 processes give the same records and the same scores."""
     items = write_items(tmp_path / "data")

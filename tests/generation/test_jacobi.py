@@ -275,7 +275,7 @@ GREEDY = dataclasses.replace(setup.SAMPLE, image_greedy=True)
     [
         ("image", setup.DRAWN, {}, "model"),
         ("mixed", setup.DRAWN, {}, "model"),
-        ("image", GREEDY, dict(rule="speculative"), "model"),
+        pytest.param("image", GREEDY, dict(rule="speculative"), "model", marks=SLOW),
         pytest.param("image", GREEDY, dict(window=4), "model", marks=SLOW),
         pytest.param("mixed", GREEDY, dict(rule="speculative"), "model", marks=SLOW),
         pytest.param("mixed", setup.DRAWN, dict(window=2), "int8", marks=SLOW),

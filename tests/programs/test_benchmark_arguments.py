@@ -35,8 +35,8 @@ REQUIRED = {
     **dict.fromkeys(SIDES, "SPEC.json is required"),
 }
 MODULES = (  # imported by the others
-    "accelerator", "accelerator_page", "accelerator_parts", "same_weights", "sides",
-    "true_size_make",
+    "accelerator", "accelerator_page", "accelerator_parts", "guidance_results", "same_weights",
+    "sides", "true_size_make",
 )  # fmt: skip
 SCRIPTS = sorted({path.stem for path in FOLDER.glob("*.py")} - {*MODULES})
 CASES = [(f"{name}.py", word) for name in SCRIPTS for word in ("--help", "--nonsense=1")]

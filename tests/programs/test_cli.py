@@ -177,7 +177,7 @@ def test_wrong_and_missing_arguments_are_explained():
          "--config.judge.endpont is not a field of the config; did you mean "
          "--config.judge.endpoint?"),
         (["data.prepare", "sampel"], "command: 'sampel' is unknown; did you mean sample?"),
-        (["data.prepare", "sample", "--out=w", "--view=2", "--rond=2"],
+        (["data.prepare", "sample", "--out=w", "--views=2", "--rond=2"],
          "--rond is not a flag; did you mean --rounds?"),
         # a misspelled flag comes before the one that is missing because of it
         (["medmax_jax.sweep", "status", "--wrkdir=w"],

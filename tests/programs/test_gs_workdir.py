@@ -115,6 +115,7 @@ def test_a_killed_run_equals_the_uninterrupted_one(words, server, tmp_path, monk
     print("\n".join([*lines, f"requests: {dict(faults.done)}; 0 bits differ (seed {seed})"]))
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_stored_checkpoints_are_found(words, server, tmp_path, monkeypatch):
     """In each object of the last step; the run then resumes from the one before."""
     use_server(monkeypatch, server)
@@ -157,9 +158,8 @@ def test_a_second_run_in_the_same_place_is_refused(words, server, tmp_path, monk
         kill(first)
 
 
-@pytest.mark.parametrize(
-    "kills", [1, pytest.param(KILLS, marks=pytest.mark.slow)], ids=["once", "often"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, KILLS], ids=["once", "often"])
 def test_a_killed_evaluation_equals_the_uninterrupted_one(
     server, tmp_path, monkeypatch, capsys, kills
 ):

@@ -257,6 +257,7 @@ def test_prng_implementation_is_a_setting(done, data, base, tmp_path):
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)  # B is zero still
 
 
+@pytest.mark.slow
 def test_rows_may_be_longer_than_the_context_of_the_model(done, data, base, tmp_path):
     """Positions begin anew in each document, so held-out losses do not depend on the row length."""
     common = dict(data, train__init_from=str(base), train__steps=1, train__eval_every=1)

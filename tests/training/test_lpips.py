@@ -40,6 +40,7 @@ def test_distances_match_torch(net):
     assert ours[2] == 0 and ours[0] > 0.1
 
 
+@pytest.mark.slow
 def test_gradient_of_equal_images_is_finite():
     loaded = lpips.from_tree(cases.tree("alexnet"), net="alexnet")
     loaded["biases"] = [b - 100 for b in loaded["biases"]]  # every feature dead: norms are 0
