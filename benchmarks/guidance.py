@@ -49,7 +49,7 @@ from medmax_jax.eval.encoders import modality
 from medmax_jax.eval.metrics import embeddings
 from medmax_jax.generation import engine, generate_tokens, model_bundle, prompt_tokens
 from medmax_jax.io import charts
-from medmax_jax.models import images
+from medmax_jax.models.images import load as load_image
 from medmax_jax.models.vocab import BOI, BOS, IMAGE_START
 
 MODEL = "medmax_jax/tiny"
@@ -272,7 +272,7 @@ def draw_samples(scratch: pathlib.Path, g: model_bundle.ModelBundle, real, path)
                 axes[row][column].set_title(title, fontsize=9)
         axes[row][0].set_ylabel(results.ARMS[dropout].replace(" ", "\n"))
     charts.save(figure, path)
-    few_colors = images.load(path).convert("RGB").quantize(128)  # a fifth of the bytes
+    few_colors = load_image(path).convert("RGB").quantize(128)  # a fifth of the bytes
     few_colors.save(path, optimize=True)
 
 
