@@ -86,7 +86,7 @@ def main() -> None:
                     )
                     report.append(
                         dict(rule=rule, init=init, window=window, guided=guided)
-                        | dict(steps=steps, ratio=round(passes / steps, 2), same=same)
+                        | dict(steps=steps, ratio=round(float(passes / steps), 2), same=same)
                     )
                     print(report[-1], flush=True)
     print(json.dumps(dict(rows=report, prompts=len(prompts))))
