@@ -121,6 +121,7 @@ def serve(args: argparse.Namespace) -> None:
             timeout_graceful_shutdown=args.drain_s,
         )
     )
+    listener.listen()  # from the line below on, connections wait for the server
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {', '.join(bundles)} at http://{shown}:{port}/v1", flush=True)
