@@ -254,6 +254,8 @@ CHOICES = {
     "vq.view": VIEWS,
     "vq.answer_view": VIEWS,
     "sample.budget": ("answer", "segment"),
+    "sample.jacobi_rule": ("speculative", "gumbel"),
+    "sample.jacobi_init": ("repeat", "horizontal", "vertical", "random"),
     "train.trains": ("lora", "full", "image_head"),
     "train.loss_weight": ("document", "token"),
     "train.prng_impl": ("threefry2x32", "rbg", "unsafe_rbg"),

@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-RULES = ("speculative", "gumbel")
-INITS = ("repeat", "horizontal", "vertical", "random")
+from medmax_jax.config import CHOICES
+
+RULES, INITS = CHOICES["sample.jacobi_rule"], CHOICES["sample.jacobi_init"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from medmax_jax.config import Sample, Vocab
+from medmax_jax.config import CHOICES, Sample, Vocab
 from medmax_jax.generation import grammar, jacobi
 from medmax_jax.generation.requests import MAX_NUMBER, MIN_NUMBER, GenerateError, Request
 from medmax_jax.models import vocab as ids
 
 CHUNK = 16  # passes of the model between two synchronizations with the host
-CHOICES = {
-    "budget": ("answer", "segment"),
-    "jacobi_rule": jacobi.RULES,
-    "jacobi_init": jacobi.INITS,
-}
 
 
 class SamplingParams(NamedTuple):
@@ -197,6 +192,7 @@ def check_sample(sample: Sample) -> None:
         raise GenerateError(
             f"sample.jacobi_window is {sample.jacobi_window}; it must be 0 or at least 2"
         )
-    for name, allowed in CHOICES.items():
-        if (value := getattr(sample, name)) not in allowed:
+    for name in ("budget", "jacobi_rule", "jacobi_init"):
+        value, allowed = getattr(sample, name), CHOICES[f"sample.{name}"]
+        if value not in allowed:
             raise GenerateError(f"sample.{name} is {value!r}; it must be {' or '.join(allowed)}")

@@ -14,6 +14,7 @@ as they are: the weights of a row's other documents are 0, so a gradient is the 
 document alone has, up to rounding.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -71,14 +72,14 @@ def make_gram(graph: Any, run: Run) -> Callable[..., Float[Array, "L n n"]]:
 
         def gradient(place: tuple[Array, Array]) -> PyTree:
             row, segment = place
-            document = jax.tree.map(lambda x: _repeat(x[row], split), everywhere)
+            document = jax.tree.map(
+                lambda x: jnp.broadcast_to(x[row], (split, *x[row].shape)), everywhere
+            )
             counts = (document.segments == segment) & (segment > 0)
             counts &= jnp.arange(split)[:, None] == 0
             weights = jnp.where(counts, document.weights, 0)
             weights = weights / jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny)
-            one = Batch(
-                document.ids, document.segments, document.positions, weights, document.kinds
-            )
+            one = dataclasses.replace(document, weights=weights)
             one = jax.tree.map(lambda x: jax.sharding.reshard(x, BATCH), one)
 
             def objective(trainable: PyTree) -> Array:
@@ -91,10 +92,6 @@ def make_gram(graph: Any, run: Run) -> Callable[..., Float[Array, "L n n"]]:
         return sum(map(_products, jax.tree.leaves(gradients))) / len(places.rows)
 
     return sharding.jit(gram)
-
-
-def _repeat(row: Int[Array, "T"], count: int) -> Int[Array, "R T"]:
-    return jnp.broadcast_to(row, (count, *row.shape))
 
 
 def _products(gradients: Float[Array, "n L I O"]) -> Float[Array, "L n n"]:

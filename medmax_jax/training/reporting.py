@@ -242,13 +242,9 @@ class Evaluator:
             with job.clock.measure("eval"):
                 batch = shard_batch(job.eval_data.batch(number), job.mesh)
             if self._step is None:
-                waiting = report_waiting("compiling the evaluation step", job.writer.log)
-                with job.clock.measure("compile"), waiting:
-                    lowered = step.make_eval_step(job.graph, job.run).lower(
-                        state.trainable, job.frozen, batch
-                    )
-                    self._step = lowered.compile()
-                    barrier("the evaluation step is compiled")
+                eval_step = step.make_eval_step(job.graph, job.run)
+                arguments = (state.trainable, job.frozen, batch)
+                self._step = _compiled(job, "the evaluation step", eval_step, arguments)
             with job.clock.measure("eval"):
                 sums = metrics.to_host(self._step(state.trainable, job.frozen, batch))
             total = sums if total is None else total.merge(sums)
@@ -274,13 +270,9 @@ class FisherReporter:
             batch = shard_batch(data.batch(done - 1), job.mesh)
             places = jax.device_put(places, NamedSharding(job.mesh, P()))
         if self._gram is None:
-            waiting = report_waiting("compiling the gradients of documents", job.writer.log)
-            with job.clock.measure("compile"), waiting:
-                lowered = fisher.make_gram(job.graph, job.run).lower(
-                    state.trainable, job.frozen, batch, places
-                )
-                self._gram = lowered.compile()
-                barrier("the gradients of documents are compiled")
+            gram = fisher.make_gram(job.graph, job.run)
+            arguments = (state.trainable, job.frozen, batch, places)
+            self._gram = _compiled(job, "the gradients of documents", gram, arguments)
         index = data.records.index
         names = data.records.names("task")
         tasks = [names[number] for number in index["task"][numbers]]
@@ -292,6 +284,15 @@ class FisherReporter:
             f"entropy {row['spectral_entropy']:.3f}, leading share {row['leading_share']:.3f}"
         )
         job.writer.write("fisher", done, row)
+
+
+def _compiled(job: TrainContext, what: str, function: Any, arguments: tuple) -> Any:
+    """Return a jitted function compiled for its arguments, on all hosts; the log shows the wait."""
+    waiting = report_waiting(f"compiling {what}", job.writer.log)
+    with job.clock.measure("compile"), waiting:
+        program = function.lower(*arguments).compile()
+        barrier(f"compiled: {what}")
+    return program
 
 
 class Profiler:

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ import warnings
 import numpy as np
 import PIL.Image
 import pytest
+from chromium import CHROMIUM
 from source_setup import IMAGE_FILES, dicom_dataset
 from test_demo_uploads import png_header
 from test_package import SETTINGS
@@ -32,7 +32,6 @@ from medmax_jax.generation.output_files import NOTICE
 from medmax_jax.serving import Failed, TextDelta, Ticket
 
 ROOT = pathlib.Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 COMMAND = [sys.executable, "-m", "medmax_jax", "demo", "--model=medmax_jax/tiny"]
 ADAPTER = "--adapter=medmax_jax/tiny_adapter"
 AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}
@@ -97,15 +96,6 @@ def demo(tmp_path_factory):
     yield program
     if program.process.poll() is None:
         program.stop()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield instance
-        instance.close()
 
 
 @pytest.fixture

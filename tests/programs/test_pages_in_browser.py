@@ -5,12 +5,12 @@ names, structure, keyboard. Chromium is the one of the machine.
 """
 
 import dataclasses
-import shutil
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
+from chromium import CHROMIUM
 from smmile_files import write_smmile
 from test_compare import write as write_evaluation
 from test_eval_report import make_workdir, rows
@@ -33,22 +33,12 @@ from medmax_jax.generation.output_files import OutputFolder, Prompt
 from medmax_jax.scaling import __main__ as scaling
 from medmax_jax.training import samples
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield instance
-        instance.close()
 
 
 def evaluation(folder):

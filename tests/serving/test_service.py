@@ -267,7 +267,7 @@ def test_requests_that_are_refused(service):
 
 
 def test_a_path_in_a_prompt_is_text(service):
-    """Whether a file exists on the server is not told to a client."""
+    """A client must not learn whether a file exists on the server."""
     assert len(service.prompt([[__file__]])) > 10
 
 
