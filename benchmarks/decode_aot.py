@@ -125,11 +125,12 @@ def pass_ms(text: str, topology: str) -> float:
 #
 # The operands of each operation of the loops, where they are in HBM: the layout of an array in
 # VMEM has S(1). Of an operand that a fusion slices, the slice; of one that it updates in place,
-# nothing.
+# nothing. The second half of an asynchronous operation (copy-done) only repeats the operands of the
+# first.
 
 _OP = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
-_NO_READ = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "slice-done")
+_NO_READ = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 
 
 def bytes_read(text: str, layers: int) -> float:
@@ -153,7 +154,7 @@ def _read_by(bodies: dict, name: str, layers: int) -> float:
             total += layers * _read_by(bodies, _named("body", rest), layers)
         elif op == "slice-start":  # its result is (the operand, the slice, ..)
             total += _size("{}[{}]{}".format(*_ARRAY.findall(shape)[1][:2], ""))
-        elif op not in _NO_READ:
+        elif op not in _NO_READ and not op.endswith("-done"):
             for index, operand in enumerate(_operands(rest)):
                 size = _size(body[operand][0]) if operand in body else 0
                 fused = op == "fusion" and size
