@@ -15,7 +15,6 @@ import ipaddress
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -27,11 +26,11 @@ from medmax_jax.checkpoints import export
 from medmax_jax.configs.sampling import SETS
 from medmax_jax.generation import api, sampling_params
 from medmax_jax.generation.engine import EngineSizes
-from medmax_jax.generation.model_bundle import ModelBundle, load, with_adapter
 from medmax_jax.generation.requests import GenerateError
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.progress import log_to_stderr, report_waiting
 from medmax_jax.models import kv_cache
+from medmax_jax.serving import startup
 from medmax_jax.serving.api_requests import ReadOptions
 from medmax_jax.serving.app import AppSettings, make_app
 from medmax_jax.serving.service import Limits, Service
@@ -87,9 +86,9 @@ def serve(args: argparse.Namespace) -> None:
             raise GenerateError(f"--{flag} is {value}; it must be at least {least}")
     key = _api_key(args)
     names = _names(args)
-    listener = _listen(args.host, args.port)
+    listener = startup.bind(args.host, args.port)
     with report_waiting("loading the model", log_to_stderr):
-        bundles = _load(args, names)
+        bundles = startup.load_bundles(args.model, names)
         base = bundles[next(iter(bundles))]
         sample = dataclasses.replace(api.defaults(args.settings), jacobi_window=args.jacobi_window)
         codes = base.vq_config.codes_per_image
@@ -150,14 +149,6 @@ def _names(args: argparse.Namespace) -> dict[str, str]:
     return names
 
 
-def _load(args: argparse.Namespace, names: dict[str, str]) -> dict[str, ModelBundle]:
-    """Return the bundle of each name; the adapters use the arrays of the base."""
-    base = load(args.model)
-    return {
-        name: with_adapter(base, args.model, path) if path else base for name, path in names.items()
-    }
-
-
 def _api_key(args: argparse.Namespace) -> str:
     """Return the API key, "" for none; raise GenerateError where the server would be open."""
     if not args.api_key_env:
@@ -181,23 +172,6 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a bound socket, before the model is loaded: a port in use is reported at once."""
-    if not 0 <= port < 2**16:
-        raise GenerateError(f"--port is {port}; it must be 0 to {2**16 - 1}")
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise GenerateError(
-            f"--host={host} --port={port} cannot be used ({reason}); use another port"
-        ) from error
-    return listener
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import logging
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -18,12 +17,12 @@ from pathlib import Path
 from medmax_jax import arguments, cli
 from medmax_jax.checkpoints import export
 from medmax_jax.demo import uploads
-from medmax_jax.generation import model_bundle
 from medmax_jax.generation.engine import EngineSizes
 from medmax_jax.generation.output_files import NOTICE
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.progress import report_waiting
 from medmax_jax.models import kv_cache
+from medmax_jax.serving import startup
 from medmax_jax.serving.service import Limits, Service
 from medmax_jax.storage.folder import StorageError
 
@@ -42,7 +41,7 @@ def _parser() -> arguments.Parser:
     add = parser.add_argument
     add("--model", required=True, metavar="P", help="model folder")
     add("--adapter", default="", metavar="A", help="adapter, or the workdir of the training run")
-    add("--port", type=int, default=7860, help="port of 127.0.0.1")
+    add("--port", type=int, default=7860, help="port of 127.0.0.1; 0: a free one")
     add("--rows", type=int, default=ROWS, help="number of answers to generate at a time")
     add("--cache", default="model", choices=kv_cache.CACHE_DTYPES, help="dtype of the KV cache")
     add("--compile_cache", default="", metavar="D",
@@ -72,56 +71,39 @@ def main() -> int:
 
 def _serve(args: argparse.Namespace) -> None:
     """Serve the page until SIGINT or SIGTERM."""
-    _check_port(args.port)
+    with startup.bind("127.0.0.1", args.port) as bound:  # gradio binds it again
+        port = bound.getsockname()[1]
+    names = {_name(args.model): ""}
+    if args.adapter:
+        name = _name(args.adapter)
+        names[f"{name} (adapter)" if name in names else name] = args.adapter
     with report_waiting("loading the model", print):
-        bundles = {_name(args.model): model_bundle.load(args.model)}
-        (base,) = bundles.values()
-        if args.adapter:
-            name = _name(args.adapter)
-            if name in bundles:
-                name = f"{name} (adapter)"
-            bundles[name] = model_bundle.with_adapter(base, args.model, args.adapter)
+        bundles = startup.load_bundles(args.model, names)
+    base, *others = bundles
     sizes = EngineSizes(
         batch_size=args.rows,
         num_slots=3 * args.rows,  # two more for the guidance of each image
-        cache_length=base.config.context_length,
+        cache_length=bundles[base].config.context_length,
         cache_dtype=args.cache,
     )
     service = Service(bundles, sizes, Limits(queue=QUEUE, request_s=REQUEST_S), log=print)
     try:
         from medmax_jax.demo import page  # after the temporary folder was set
 
-        names = list(bundles)
+        adapter = "".join(others)
         models = page.Models(
-            service=service,
-            base=names[0],
-            adapter=names[1] if args.adapter else "",
-            facts={"model": names[0], "adapter": names[1] if args.adapter else ""},
+            service=service, base=base, adapter=adapter, facts={"model": base, "adapter": adapter}
         )
         with cli.Stop(together=False) as stop:
             stop.activity = "the answers that are generated now"
             blocks = page.build(models)
-            page.launch(blocks, args.port)
-            print(f"http://127.0.0.1:{args.port}  {NOTICE} Ctrl-C ends the page.", flush=True)
+            page.launch(blocks, port)
+            print(f"http://127.0.0.1:{port}  {NOTICE} Ctrl-C ends the page.", flush=True)
             while not stop.requested:
                 time.sleep(0.2)
             blocks.close()
     finally:
         service.close(drain_s=DRAIN_S)
-
-
-def _check_port(port: int) -> None:
-    """Raise before the model is loaded where the page cannot be served."""
-    if not 0 < port < 2**16:
-        raise ValueError(f"--port is {port}; it must be in the range 1 .. 65535")
-    with socket.socket() as used:
-        used.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            used.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise OSError(
-                f"--port {port} cannot be used ({error.strerror}); choose another"
-            ) from error
 
 
 def _name(path: str | os.PathLike) -> str:

@@ -8,7 +8,7 @@ Answers are stored in --cache.
     --mesh=1,16,1                       data,fsdp,tp; or search, also over batch and remat
     --per_chip_batch=4 --seq=2048       rows of a microbatch on a device; tokens of a row
     --analytic                          a rough answer in a second, by arithmetic
-    --decode=none                       the training step alone; or text, image, mixed
+    --decode=image                      also of an image, on TPUs; or mixed, none; default: text
     --utilisation=0.6 --price=1.2       of the peak while products run; USD per chip-hour
 """
 
@@ -33,9 +33,10 @@ _SEQ = flags.DEFINE_integer("seq", 0, "tokens per row; 0: data.seq_len of the co
 _ANALYTIC = flags.DEFINE_bool("analytic", False, "estimate by arithmetic, without compiling")
 _DECODE = flags.DEFINE_enum(
     "decode",
-    "text",
+    None,
     ["none", "text", "image", "mixed"],
-    "output mode that decoding is compiled for",
+    "output mode that decoding is compiled for; default: text, if this is a plan by the compiler "
+    "for TPUs",
 )
 _CODES = flags.DEFINE_float(
     "codes_per_pass", 2.5, "codes that a pass settles where config.sample.jacobi_window is on"
@@ -53,8 +54,8 @@ def main(settings: ConfigDict, folder: str) -> None:
     use_no_device()
     answer = plan(
         settings, _TOPOLOGY.value, folder, slices=_SLICES.value, mesh=_MESH.value,
-        per_chip_batch=_ROWS.value, seq=_SEQ.value, analytic=_ANALYTIC.value, decode=_DECODE.value,
-        codes_per_pass=_CODES.value,
+        per_chip_batch=_ROWS.value, seq=_SEQ.value, analytic=_ANALYTIC.value,
+        decode=_DECODE.value or "", codes_per_pass=_CODES.value,
         utilisation=_UTILISATION.value, price=_PRICE.value, most=_MOST.value,
     )  # fmt: skip
     print("\n".join(format_plan(answer)))

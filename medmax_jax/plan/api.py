@@ -30,7 +30,7 @@ def plan(
     per_chip_batch: int = 0,
     seq: int = 0,
     analytic: bool = False,
-    decode: str = "text",
+    decode: str = "",
     codes_per_pass: float = 2.5,
     utilisation: float = 0.6,
     price: float | None = None,
@@ -47,7 +47,8 @@ def plan(
         per_chip_batch: rows of a microbatch per device; 0: from the batch size of the config.
         seq: tokens per row; 0: data.seq_len of the config.
         analytic: estimate by arithmetic, without compiling.
-        decode: the output mode that decoding is compiled for: none, text, image or mixed.
+        decode: the output mode that decoding is compiled for: none, text, image or mixed; "": text
+            where it can be compiled, which is for TPUs and without `analytic`.
         codes_per_pass: the assumed codes that a pass settles where sample.jacobi_window is on.
         utilisation: the share of the peak FLOPs during matrix products.
         price: USD per chip-hour.
@@ -57,6 +58,10 @@ def plan(
     machine = parse(topology, slices=slices)
     if not 0 < utilisation <= 1:
         raise PlanError(f"--utilisation={utilisation}; it must be in (0, 1]")
+    compiles_decoding = machine.is_tpu and not analytic
+    if decode not in ("", "none") and not compiles_decoding:
+        how = "--analytic compiles nothing" if analytic else f"{machine.name} is not a TPU"
+        raise PlanError(f"--decode={decode} is compiled for TPUs, but {how}; leave one of them out")
     settings = ConfigDict(settings)  # a copy, which keeps references between fields
     with cli.open_workdir(cache, "--cache") as work:
         folder = work.folder
@@ -76,8 +81,9 @@ def plan(
         else:
             run = _given(settings, machine, mesh, per_chip_batch, seq)
             estimate = answer(run)
-        if decode != "none" and not analytic and machine.is_tpu:
-            estimate["decode"] = _decoding(run, machine, folder, decode, codes_per_pass)
+        if decode != "none" and compiles_decoding:
+            mode = decode or "text"
+            estimate["decode"] = _decoding(run, machine, folder, mode, codes_per_pass)
     estimate |= plan_analytic.rates(run, machine, estimate, utilisation=utilisation, price=price)
     return estimate | _facts(run, machine)
 

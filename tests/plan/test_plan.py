@@ -199,6 +199,16 @@ def test_plan_shows_the_stages_and_keeps_their_proportions(tmp_path):
         api.plan(settings, "v5e:1x1", tmp_path, analytic=True)
 
 
+@pytest.mark.parametrize(
+    ("topology", "analytic", "reason"),
+    [("v5e:1x1", True, "--analytic compiles nothing"), ("H100:8", False, "H100:8 is not a TPU")],
+)
+def test_decoding_that_is_not_compiled_is_refused(tmp_path, topology, analytic, reason):
+    settings = micro_run.settings()
+    with pytest.raises(PlanError, match=f"--decode=image is compiled for TPUs, but {reason}"):
+        api.plan(settings, topology, tmp_path, analytic=analytic, decode="image")
+
+
 def test_saving_more_costs_memory_and_saves_time():
     found = {}
     for remat in search.REMAT:

@@ -350,7 +350,10 @@ def test_without_gradio_the_message_has_the_command():
     ("words", "message"),
     [
         (["--adapter=medmax_jax/no"], "medmax_jax/no/adapter_config.json: no such file"),
-        (["--port=USED"], "--port USED cannot be used (Address already in use); choose another"),
+        (
+            ["--port=USED"],
+            "127.0.0.1, port USED, cannot be used (Address already in use); use another --port",
+        ),
     ],
 )
 def test_wrong_flags_are_explained_in_one_line(words, message, tmp_path):
