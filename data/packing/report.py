@@ -17,6 +17,7 @@ from jaxtyping import Int
 from medmax_jax import cli
 from medmax_jax.config import ConditionDropout, Data, Mixing, Run, from_config_dict
 from medmax_jax.data.packing import condition_dropout, mixing, pack, plan_file, stages
+from medmax_jax.data.records.document import PSEUDO
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.models.guidance_streams import STREAMS
@@ -41,6 +42,10 @@ def stats(folder: str | Path, *, seq_len: int) -> dict[str, Any]:
     contents |= dict(lengths=quantiles, seq_len=seq_len, rows=rows, fill=fill)
     # Verbatim: part of the data.
     contents["by_picture"] = image_stats(records)
+    if PSEUDO in records.meta:
+        task = records.index["task"][records.index[PSEUDO] == 1]
+        counts = zip(records.names("task"), np.bincount(task).tolist(), strict=False)
+        contents[PSEUDO] = {name: count for name, count in counts if count}
     return contents
 
 
