@@ -147,7 +147,8 @@ def _description(records: Records) -> str:
     generated = f"A model generated the answers of {pseudo:,} documents. " if pseudo else ""
     return (
         f"{generated}Credentials of the documents: {credentials}. "
-        f"{layout.codes_per_image:,} codes per image, vocabulary of {layout.vocab.size:,} tokens. The digest is the SHA-256 of the documents."
+        f"{layout.codes_per_image:,} codes per image, vocabulary of {layout.vocab.size:,} tokens. "
+        "The digest is the SHA-256 of the documents."
     )
 
 
