@@ -24,7 +24,7 @@ def mixed(
 ):
     return config.Mixing(
         by=by, unit=unit, weights=weights, image_centric=image_centric,
-        leave_out=leave_out, fraction=fraction, fraction_seed=0,
+        leave_out=leave_out, pseudo=True, fraction=fraction, fraction_seed=0,
     )  # fmt: skip
 
 
