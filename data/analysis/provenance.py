@@ -16,6 +16,7 @@ credentialed.
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -249,14 +250,16 @@ def _run_and_checkpoints(
         new, line = _steps_of_start(folder, start, end, sources)
         seen += new
         runs += [line] if line else []
-    for name, kind in (("adapter", "adapter_config.json"), ("model", "config.json")):
-        if (folder / name / kind).is_file():
-            steps.append(name)
+    saved = {f"checkpoints/{step}": step for step in steps}
+    of_stages = itertools.accumulate(s["steps"] for s in starts[-1]["config"].get("stages", ()))
+    exports = {f"_stage_{number}": end for number, end in enumerate(of_stages)} | {"": ends[-1]}
+    for suffix, end in exports.items():
+        for name, kind in (("adapter", "adapter_config.json"), ("model", "config.json")):
+            if (folder / f"{name}{suffix}" / kind).is_file():
+                saved[f"{name}{suffix}"] = end
     checkpoints = []
-    for step in steps if seen else []:
-        last = ends[-1] if isinstance(step, str) else step
-        before = [s for s in seen if s[0] <= last]
-        path = folder / ("" if isinstance(step, str) else "checkpoints") / str(step)
+    for name, last in saved.items() if seen else ():
+        before, path = [s for s in seen if s[0] <= last], folder / name
         line = dict(checkpoint=str(path))
         if before:
             line |= dict(seen=len(before), first_step=before[0][0], epoch=before[0][1])

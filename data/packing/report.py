@@ -123,9 +123,9 @@ def run_report(records: Records, run: Run, *, scored: int = 0) -> dict[str, Any]
             raise pack.PackError(f"--scored: {missing} of stage {ready} does not exist; make it")
         summary["missing"] = f"{missing}, which stage {ready} reads"
     elif scored:
-        rest = scored - summary["scored"] + described[-1]["scored"]
-        steps = _steps_for(rest, from_records, epochs, data)
-        summary["last_stage_steps"], summary["for_scored"] = steps
+        before = summary["scored"] - described[-1]["scored"]
+        steps, of_stage = _steps_for(scored - before, from_records, epochs, data)
+        summary |= dict(last_stage_steps=steps, scored_then=before + of_stage)
     return summary | dict(stages=described)
 
 
