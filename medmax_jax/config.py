@@ -122,6 +122,7 @@ class Mixing:
     unit: str  # documents | tokens: the unit of which a weight is a share
     weights: str  # "name=3, other=1"; empty: each document once per epoch
     image_centric: bool  # all documents of an image in one window of the plan: our reading of IMAX
+    image_window: int  # documents of such a window, about; two steps or so
     leave_out: str  # "name, other": all documents of these are left out; empty: none
     pseudo: bool  # documents whose answer a model generated are drawn too
     fraction: float  # of the images of each source, nested; 1: all
@@ -301,6 +302,7 @@ ADDED = {
     "mixing.pseudo": True,
     "lossweights.pseudo": 1.0,
     "stage.records": "",
+    "mixing.image_window": 256,
     "run.loss": {
         "weights": {"text": 1.0, "image": 1.0, "tasks": "", "pseudo": 1.0},
         "z": {"text": 0.0, "image": 0.0},
@@ -478,6 +480,7 @@ def _check_sizes(run: Run) -> None:
     _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, requirement)
     unweighted = not (run.mixing.weights and run.mixing.image_centric)
     _rule(unweighted, "mixing.weights", run.mixing.weights, "empty when mixing.image_centric")
+    _rule(run.mixing.image_window > 0, "mixing.image_window", run.mixing.image_window, "above 0")
     share = run.mixing.fraction
     _rule(0 < share <= 1, "mixing.fraction", share, "above 0 and at most 1")
     _rule(run.optim.accumulate > 0, "optim.accumulate", run.optim.accumulate, "above 0")

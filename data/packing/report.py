@@ -315,6 +315,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
     planned.add_argument(
         "--image_centric", action="store_true", help="keep the documents of an image together"
     )
+    planned.add_argument(
+        "--image_window", type=int, default=256, help="config.mixing.image_window: documents"
+    )
     flags = vars(planned.parse_args([]))  # all but the folder, which prepare.py adds
     default = {n: value for n, value in flags.items() if n not in ("config", "scored")}
     planned.set_defaults(run=functools.partial(_run_plan, default=default))
@@ -328,7 +331,7 @@ def _run_plan(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, An
         return _describe_run(args, default)
     if args.scored:
         raise pack.PackError("--scored is of a run; use it with --config")
-    for name in ("seq_len", "batch_size"):
+    for name in ("seq_len", "batch_size", "image_window"):
         if (getattr(args, name) or 0) < 1:
             raise pack.PackError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     data = Data(
@@ -338,7 +341,8 @@ def _run_plan(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, An
     )  # fmt: skip
     mixing_config = Mixing(
         by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric,
-        leave_out="", pseudo=True, fraction=1.0, fraction_seed=0,
+        image_window=args.image_window, leave_out="", pseudo=True, fraction=1.0,
+        fraction_seed=0,
     )  # fmt: skip
     records = open_records(args.folder)
     summary = report(records, data, mixing_config, epoch=args.epoch, row=args.row)
