@@ -1,6 +1,6 @@
 """Add pseudo documents to records: images, questions, answers, filters, caps, one folder.
 
-    R -> images -> not in an evaluation set -> questions of the missing kinds -> answers (evidence.py)
+    R -> images -> not in an evaluation set -> questions of the missing kinds -> answers
       -> usable -> three filters (filters.py) -> caps by source and task -> R and the kept documents
 
 The procedure is an interpretation of the pseudo-annotation that IMAX (arXiv 2504.09967) proposes;
@@ -8,9 +8,9 @@ its own was not available to us. Every question ends in exactly one outcome:
 
     unusable       no sample is an answer of its kind: cut off, too long, control tokens
     no_distractor  there is nothing different to compare the answer with
-    too_long       the options do not fit in the context of the model
-    contradicts    the answer excludes what a document of the image states
+    too_long       a prompt and its options do not fit in the context of the model
     margin, agreement, order      the first filter that rejects it
+    contradicts    it passed them, but excludes what a document of the image states
     source_share, task_share      it passed, but is beyond a cap
     kept           it is a document
 """
@@ -35,8 +35,8 @@ from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer, documen
 from medmax_jax.models.vocab import SEP
 
 OUTCOMES = (
-    *("unusable", "no_distractor", "too_long", "contradicts", *FILTERS),
-    *("source_share", "task_share", "kept"),
+    *("unusable", "no_distractor", "too_long", *FILTERS),
+    *("contradicts", "source_share", "task_share", "kept"),
 )
 
 
@@ -79,7 +79,7 @@ def judge(
             outcome = "unusable"
         elif line is None:
             outcome = "no_distractor"
-        elif TOO_LONG in (line.get("likelihoods"), *line["picks"]):
+        elif TOO_LONG in line["picks"]:
             outcome = "too_long"
         else:
             scores = dict(agreement=agreement, order=filters.order_share(line["picks"]))
@@ -88,7 +88,7 @@ def judge(
             scores = {name: round(scores[name], 4) for name in FILTERS if name in scores}
             below = filters.failed(scores, thresholds)
             outcome = below[0] if below else "kept"
-            if filters.contradicted(q, answer, images[q.image].stated):
+            if not below and filters.contradicted(q, answer, images[q.image].stated):
                 outcome = "contradicts"
         verdicts.append(
             Verdict(question=q, answer=answer, scores=scores, below=below, outcome=outcome)

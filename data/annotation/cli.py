@@ -150,7 +150,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not questions:
         raise PrepareError(f"{args.folder}: no document to add; {_why_none(states)}")
     estimate = _estimate(questions, args)
-    log.info("%s", _format_estimate(estimate))
+    log.info(
+        "%(questions)d questions about %(images)d images: %(samples)d samples, then at most "
+        "%(orders)d prompts for likelihoods and orders", estimate,
+    )  # fmt: skip
     if args.dry_run:
         return estimate
     _check_egress(questions, images, endpoint)
@@ -214,22 +217,13 @@ def _check_egress(
 
 
 def _estimate(questions: Sequence[Question], args: argparse.Namespace) -> dict[str, Any]:
-    """Return the number of calls, at most: as if every answer had as many distractors as allowed."""
-    orders = {q.id: min(len(q.options) or evidence.SHOWN, evidence.SHOWN) for q in questions}
+    """Return the number of calls, at most: as if every question had a usable answer."""
     return dict(
         questions=len(questions),
         images=len({q.image for q in questions}),
         samples=len(questions) * args.samples,
-        likelihoods=0 if args.endpoint else len(questions),
-        orders=sum(orders.values()),
+        orders=sum(len(evidence.orders(q)) for q in questions),
     )
-
-
-def _format_estimate(estimate: dict[str, Any]) -> str:
-    return (
-        "{questions} questions about {images} images; calls, at most: {samples} samples, "
-        "{likelihoods} of likelihoods, {orders} of orders of options"
-    ).format(**estimate)
 
 
 def _why_none(states: dict[str, Counter[str]]) -> str:
@@ -282,8 +276,8 @@ def _check_same(
 
 def _prompt_maker(
     images: Sequence[ImageFacts], records: Records, encoder: Encoder, folder: Path | None
-) -> Callable[[Question, str, str, str], Prompt]:
-    """Return a function that makes a prompt of a question, with another text, kind and suffix."""
+) -> Callable[[Question, evidence.Order], Prompt]:
+    """Return a function that makes the prompt of a question in one order."""
 
     def load(image: ImageFacts, codes: np.ndarray) -> PIL.Image.Image:
         if folder is None:
@@ -292,14 +286,15 @@ def _prompt_maker(
         file = image_paths.resolve(folder, image.path, label=image.name if secret else "")
         return image_files.load(file, max_pixels=image_files.MAX_PIXELS, name=file.name)
 
-    def make(question: Question, text: str, kind: str, suffix: str) -> Prompt:
+    def make(question: Question, order: evidence.Order) -> Prompt:
         image = images[question.image]
         view = view_of("caption", records.layout)  # that of prompts
         codes = image.codes.get(view, next(iter(image.codes.values()))).astype(np.int32)
         return Prompt(
-            name=f"{question.id}{suffix}",
-            kind=kind,
-            text=text,
+            name=question.id,
+            question=question,
+            text=order.text,
+            image_first=order.image_first,
             codes=codes,
             image=lambda: load(image, codes),
             credential=image.credential,

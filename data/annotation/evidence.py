@@ -14,7 +14,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medmax_jax.cli import STOPPED, Interrupted
 from medmax_jax.data.annotation import filters
@@ -31,23 +31,29 @@ SAMPLES, EVIDENCE = "samples.jsonl", "evidence.jsonl"
 FIELDS = {SAMPLES: ("id", "replies"), EVIDENCE: ("id", "answer", "distractors", "picks")}
 BATCH = 128  # questions of one kind that are journaled together
 SECONDS = 5.0  # between two lines of progress
-SHOWN = len(LETTERS)  # options at most: the answer and its distractors
-DISTRACTORS = SHOWN - 1
+DISTRACTORS = len(LETTERS) - 1
 SAME = 0.8  # F1 of words from which a text of another image says the same, so is no distractor
 TRIED = 64  # texts of other images that are tried as distractors
 Line = dict[str, Any]
 
 
+class Order(NamedTuple):
+    """One order of a question: its text, and whether the image precedes it."""
+
+    text: str
+    image_first: bool
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Work:
-    """What both stages use. `prompt_of`: of a question, with another text and kind."""
+    """What both stages use. `prompt_of`: the prompt of a question in one order."""
 
     out: Path
     generator: EngineGenerator | EndpointGenerator
     tokenizer: Tokenizer
     samples: int
     seed: int
-    prompt_of: Callable[[Question, str, str, str], Prompt]
+    prompt_of: Callable[[Question, Order], Prompt]
     progress: Callable[[str], None]
     stopped: Callable[[], bool]
 
@@ -115,7 +121,7 @@ def batches(questions: Sequence[Question]) -> Iterator[list[Question]]:
 
 
 def _sample(batch: list[Question], work: Work) -> list[Line | None]:
-    prompts = [work.prompt_of(q, q.text, q.kind, "") for q in batch]
+    prompts = [work.prompt_of(q, orders(q)[0][0]) for q in batch]
     replies = work.generator.samples(prompts, work.samples)
     return [None if r is None else dict(replies=r) for r in replies]
 
@@ -127,44 +133,45 @@ def _measure(
     work: Work,
 ) -> list[Line | None]:
     """Return the evidence on each answer; None where an endpoint did not reply."""
-    lines: list[Line | None] = [dict(answer=answers[q.id], distractors=chosen[q.id]) for q in batch]
-    if work.generator.has_likelihoods:
-        prompts = [work.prompt_of(q, q.text, q.kind, "") for q in batch]
-        options = [[answers[q.id], *chosen[q.id]] for q in batch]
-        scores = work.generator.likelihoods(prompts, options)
-        for line, score in zip(lines, scores, strict=True):
-            line["likelihoods"] = score
-    shown = [rotations(q, answers[q.id], chosen[q.id]) for q in batch]
-    prompts = [
-        work.prompt_of(q, text, "mcq", f"/order{r}")
-        for q, texts in zip(batch, shown, strict=True)
-        for r, text in enumerate(texts)
-    ]
-    counts = [len(texts) for texts in shown for _ in texts]
-    picks = iter(work.generator.picks(prompts, counts))
-    for n, texts in enumerate(shown):
-        own = [next(picks) for _ in texts]
-        if any(pick is False for pick in own):
-            lines[n] = None
-        else:  # option `pick` of rotation r is option `pick + r` of the answer and its distractors
-            lines[n]["picks"] = [
-                (pick + r) % len(own) if isinstance(pick, int) else pick
-                for r, pick in enumerate(own)
-            ]
+    prompts, options = [], []
+    for q in batch:
+        for prompt, letters in orders(q):
+            prompts.append(work.prompt_of(q, prompt))
+            texts = [answers[q.id], *chosen[q.id]]
+            options.append([letters.get(text, text) for text in texts])
+    results = iter(work.generator.choose(prompts, options))
+    lines: list[Line | None] = []
+    for q in batch:
+        own = [next(results) for _ in orders(q)]
+        line = dict(answer=answers[q.id], distractors=chosen[q.id])
+        if None in own:
+            lines.append(None)
+            continue
+        line["picks"] = [choice.pick for choice in own]
+        if own[0].likelihoods:
+            line["likelihoods"] = list(own[0].likelihoods)
+        lines.append(line)
     return lines
 
 
-def rotations(question: Question, answer: str, distractors: Sequence[str]) -> list[str]:
-    """Return the question with the answer and its distractors as options, once in each place.
+def orders(question: Question) -> list[tuple[Order, dict[str, str]]]:
+    """Return the orders in which a question is asked, first its own, with letter -> letter shown.
 
-    "Which ..?", "MRI", ["CT"]  ->  Which ..? A: MRI B: CT   and   Which ..? A: CT B: MRI
+    Of a multiple-choice question each option is once in each place:
+        Which ..? A: MRI B: CT   {A: A, B: B}      Which ..? A: CT B: MRI   {A: B, B: A}
+    Other questions are asked after the image and before it.
     """
-    stem, options = question.text, [answer, *distractors]
-    if question.kind == "mcq":
-        stem = stem.rsplit("\n", len(question.options))[0]
-        options = [question.options[LETTERS.index(letter)] for letter in options]
-    options = [" ".join(option.split()) for option in options]
-    return [with_options(stem, options[r:] + options[:r]) for r in range(len(options))]
+    if question.kind != "mcq":
+        return [(Order(question.text, True), {}), (Order(question.text, False), {})]
+    n, own = len(question.options), list(question.options)
+    stem = question.text.rsplit("\n", n)[0]
+    return [
+        (
+            Order(with_options(stem, own[r:] + own[:r]), True),
+            {LETTERS[i]: LETTERS[(i - r) % n] for i in range(n)},
+        )
+        for r in range(n)
+    ]
 
 
 def choose_distractors(

@@ -3,11 +3,11 @@
     filter      closed, mcq, count, location, open       caption, report, generation (free text)
     margin      nats per token by which the answer is more likely than the best distractor
     agreement   share of the other samples that equal it     mean F1 of its words with theirs
-    order       share of the orders of the options in which it is chosen, when the question shows
-                the answer and its distractors as options
+    order       share of the orders in which it is chosen over its distractors: mcq: each option
+                is once in each place; others: the image before and after the question
 
-    distractors the other options, or values of the          answers to the same kind of question
-                attribute that exclude the answer            about other images
+    distractors the other options; other values, which       answers to the same kind of question
+                exclude the answer                           about other images
 
 The answer is the sample that agrees most with the others, the first of several. Every score is
 computed from evidence that does not depend on a threshold.
@@ -41,18 +41,21 @@ class Thresholds:
     order: float
 
 
-def read_answer(question: Question, reply: str | None, tokenizer: Tokenizer) -> str:
+def read_answer(question: Question, reply: str | None, tokenizer: Tokenizer | None) -> str:
     """Return the answer in a reply, or "" where it is not a usable answer to the question.
 
     It must be complete, without control tokens or characters, and within the bound of its kind; a
     closed question requires yes or no, one with options a letter of theirs, a count a number.
+    Without a tokenizer, tokens are not counted.
         (mcq, "B: CT")  ->  "B";  (closed, "Yes.")  ->  "yes";  (count, "many")  ->  ""
     """
     kind = KINDS[question.kind]
     if reply is None or len(reply) > kind.max_tokens * CHARS_PER_TOKEN:
         return ""
     text = (reasoning.final_answer(reply) or "").replace("\r\n", "\n").strip()
-    if not text or _BAD_CHARACTERS.search(text) or not _is_text(text, kind.max_tokens, tokenizer):
+    if not text or _BAD_CHARACTERS.search(text):
+        return ""
+    if tokenizer is not None and not _is_text(text, kind.max_tokens, tokenizer):
         return ""
     match question.kind:
         case "closed":
@@ -118,6 +121,16 @@ def agreement(question: Question, answers: Sequence[str]) -> tuple[str, float]:
 def margin(likelihoods: Sequence[float]) -> float:
     """Return the first log-likelihood less the largest of the others."""
     return likelihoods[0] - max(likelihoods[1:])
+
+
+def nearest(question: Question, reply: str | None, texts: Sequence[str]) -> int | None:
+    """Return which of the texts agrees most with a reply; None if none does.
+
+    ("Yes, it is.", ["yes", "no"]) of a closed question  ->  0
+    """
+    answer = read_answer(question, reply, None)
+    scores = [similarity(question, answer, text) for text in texts]
+    return scores.index(max(scores)) if answer and max(scores) > 0 else None
 
 
 def order_share(picks: Sequence[int | None]) -> float:

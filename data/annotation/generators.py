@@ -1,10 +1,11 @@
 """Answer questions about images: with a model folder in the generation engine, or at an endpoint.
 
-    samples      k sampled answers of each question                 text, None: unusable, as cut off
-    likelihoods  mean log-likelihood per token of each answer       an endpoint has none
-    picks        the option that is chosen of those that are shown  its number, None: none
+    samples   k sampled answers of each prompt; an unusable one, as one that is cut off, is None
+    choose    which of some texts is the answer: the engine compares their log-likelihoods per
+              token; an endpoint, which has none, answers at temperature 0, and the text that
+              agrees most with its reply is chosen
 
-Each call is over many questions of one kind. A result is None as a whole where an endpoint did not
+Each call is over many prompts of one kind. A result is None as a whole where an endpoint did not
 reply this time; the question is then asked again by the next run.
 """
 
@@ -22,8 +23,9 @@ import PIL.Image
 from medmax_jax.checkpoints import export
 from medmax_jax.config import Sample
 from medmax_jax.configs.sampling import SETS
-from medmax_jax.data.annotation.filters import read_letter
-from medmax_jax.data.annotation.kinds import KINDS, LETTERS
+from medmax_jax.data.annotation.filters import nearest
+from medmax_jax.data.annotation.kinds import KINDS
+from medmax_jax.data.annotation.questions import Question
 from medmax_jax.endpoints import cached_chat_api, egress
 from medmax_jax.endpoints.chat_api import Endpoint, TransientError, image_part, text_part
 from medmax_jax.generation import api, model_bundle
@@ -31,6 +33,7 @@ from medmax_jax.models.vocab import EOS
 from medmax_jax.storage.folder import file_sha256
 
 ADAPTER = "adapter.safetensors"
+TOO_LONG = "too long"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,11 +41,23 @@ class Prompt:
     """A question about an image. `name`: unique, determines what is sampled."""
 
     name: str
-    kind: str
+    question: Question
     text: str
+    image_first: bool
     codes: np.ndarray
     image: Callable[[], PIL.Image.Image]  # read only if it is sent to an endpoint
     credential: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The number of the chosen text, None: none of them, and the log-likelihoods if there are any.
+
+    `pick` is TOO_LONG where the prompt and a text do not fit in the context.
+    """
+
+    pick: int | None | str
+    likelihoods: tuple[float, ...] = ()
 
 
 def _digest(*facts: str) -> str:
@@ -51,8 +66,6 @@ def _digest(*facts: str) -> str:
 
 class EngineGenerator:
     """Answers with a model folder and an adapter."""
-
-    has_likelihoods = True
 
     def __init__(
         self, folder: Path, adapter: Path | None, *, rows: int, temperature: float, seed: int
@@ -65,7 +78,7 @@ class EngineGenerator:
 
     def samples(self, prompts: Sequence[Prompt], count: int) -> list[list[str | None]]:
         """Return `count` sampled answers of each prompt."""
-        g, kind = self.bundle, KINDS[prompts[0].kind]
+        g, kind = self.bundle, KINDS[prompts[0].question.kind]
         changes = dict(
             text_greedy=False, text_temperature=self._temperature, text_top_p=1.0,
             repetition_penalty=1.0, max_gen_len=kind.max_tokens, budget="answer",
@@ -90,54 +103,43 @@ class EngineGenerator:
                     answers[n][k] = g.tokenizer.decode(ids)
         return answers
 
-    def likelihoods(
-        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]
-    ) -> list[list[float] | str]:
-        """Return the mean log-likelihood per token of each answer; a text states why not."""
-        scores = self._scores(prompts, answers)
-        return [s if isinstance(s, str) else [round(x.mean, 6) for x in s] for s in scores]
-
-    def picks(self, prompts: Sequence[Prompt], counts: Sequence[int]) -> list[int | None | str]:
-        """Return the number of the most likely letter of each prompt, which shows `counts`."""
-        scores = self._scores(prompts, [list(LETTERS[:count]) for count in counts])
-        return [s if isinstance(s, str) else int(np.argmax([x.total for x in s])) for s in scores]
+    def choose(
+        self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    ) -> list[Choice | None]:
+        """Return the choice of one of the texts of each prompt."""
+        encode = self.bundle.tokenizer.encode
+        longest = [max(len(encode(text)) for text in own) for own in texts]
+        lengths = [len(t) + n for t, n in zip(self._tokens(prompts), longest, strict=True)]
+        fitting = [n for n, length in enumerate(lengths) if length <= self._context]
+        choices: list[Choice | None] = [Choice(pick=TOO_LONG)] * len(prompts)
+        scores = api.score(
+            self.bundle,
+            [_parts(prompts[n]) for n in fitting],
+            [texts[n] for n in fitting],
+            batch_size=self._rows,
+        )
+        for n, own in zip(fitting, scores, strict=True):
+            means = tuple(round(score.mean, 6) for score in own)
+            choices[n] = Choice(pick=int(np.argmax(means)), likelihoods=means)
+        return choices
 
     @property
     def _context(self) -> int:
         return self.bundle.config.context_length
 
     def _tokens(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        parts = [[prompt.codes, prompt.text] for prompt in prompts]
-        return model_bundle.prompt_tokens(self.bundle, parts, end_of_turn=True)
-
-    def _scores(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]):
-        encode = self.bundle.tokenizer.encode
-        longest = [max(len(encode(text)) for text in texts) for texts in answers]
-        lengths = [len(t) + n for t, n in zip(self._tokens(prompts), longest, strict=True)]
-        fitting = [n for n, length in enumerate(lengths) if length <= self._context]
-        results: list[Any] = [TOO_LONG] * len(prompts)
-        scores = api.score(
-            self.bundle,
-            [[prompts[n].codes, prompts[n].text] for n in fitting],
-            [answers[n] for n in fitting],
-            batch_size=self._rows,
-        )
-        for n, score in zip(fitting, scores, strict=True):
-            results[n] = score
-        return results
+        return model_bundle.prompt_tokens(self.bundle, list(map(_parts, prompts)), end_of_turn=True)
 
 
-TOO_LONG = "too long"
+def _parts(prompt: Prompt) -> list[np.ndarray | str]:
+    return [prompt.codes, prompt.text] if prompt.image_first else [prompt.text, prompt.codes]
 
 
 class EndpointGenerator:
     """Answers at an OpenAI-compatible endpoint, through a cache that no call repeats.
 
-    Samples of a question differ by the parameter `seed`. The option that is chosen is read from an
-    answer at temperature 0.
+    Samples of a question differ by the parameter `seed`, which the endpoint must support.
     """
-
-    has_likelihoods = False
 
     def __init__(
         self,
@@ -163,17 +165,19 @@ class EndpointGenerator:
         columns = zip(*by_sample, strict=True)
         return [None if False in column else list(column) for column in columns]
 
-    def picks(self, prompts: Sequence[Prompt], counts: Sequence[int]) -> list[int | None | bool]:
-        """Return the number of the option that is chosen; False where there was no reply."""
+    def choose(
+        self, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    ) -> list[Choice | None]:
+        """Return the choice of one of the texts of each prompt; None where there was no reply."""
         replies = self._complete(prompts, dict(temperature=0, seed=self._seed))
         return [
-            reply if reply is False or reply is None else read_letter(reply, count)
-            for reply, count in zip(replies, counts, strict=True)
+            None if reply is False else Choice(pick=nearest(prompt.question, reply, own))
+            for prompt, reply, own in zip(prompts, replies, texts, strict=True)
         ]
 
     def _complete(self, prompts: Sequence[Prompt], parameters: dict[str, Any]) -> list[Any]:
         """Return the text of each reply, None of an unusable one, False where there was none."""
-        bound = dict(max_tokens=KINDS[prompts[0].kind].max_tokens) | parameters
+        bound = dict(max_tokens=KINDS[prompts[0].question.kind].max_tokens) | parameters
         endpoint = dataclasses.replace(
             self._endpoint, parameters=bound | dict(self._endpoint.parameters)
         )
@@ -193,9 +197,10 @@ class EndpointGenerator:
 def _request(prompt: Prompt, name: str) -> cached_chat_api.ChatRequest:
     buffer = io.BytesIO()
     prompt.image().save(buffer, "PNG")  # the pixels only: a file's metadata stays here
-    text = "\n".join(filter(None, [prompt.text, KINDS[prompt.kind].request]))
+    text = "\n".join(filter(None, [prompt.text, KINDS[prompt.question.kind].request]))
+    parts = [image_part(buffer.getvalue()), text_part(text)]
     return cached_chat_api.ChatRequest(
         id=name,
-        messages=[{"role": "user", "content": [image_part(buffer.getvalue()), text_part(text)]}],
+        messages=[{"role": "user", "content": parts if prompt.image_first else parts[::-1]}],
         data_class=egress.class_of_credential(prompt.credential),
     )

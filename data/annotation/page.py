@@ -38,7 +38,8 @@ DEFINITIONS = {
     "margin": "nats per token by which the answer is more likely than the best distractor",
     "agreement": "agreement of the samples: share that are equal, of free text the mean F1 of "
     "their words",
-    "order": "share of the orders of the options in which the answer is chosen",
+    "order": "share of the orders, of the options or of image and question, in which the answer is "
+    "chosen over its distractors",
     "missing": "images without a document of this kind",
     "questions": "questions that were asked, with one outcome each",
 } | {name: text for name, text in REASONS.items() if name not in FILTERS}
