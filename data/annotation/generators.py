@@ -80,7 +80,7 @@ class EngineGenerator:
         """Return `count` sampled answers of each prompt."""
         g, kind = self.bundle, KINDS[prompts[0].question.kind]
         changes = dict(
-            text_greedy=False, text_temperature=self._temperature, text_top_p=1.0,
+            text_greedy=False, text_temperature=self._temperature,
             repetition_penalty=1.0, max_gen_len=kind.max_tokens, budget="answer",
         )  # fmt: skip
         sample = Sample(**(SETS["medmax_eval"] | changes))

@@ -6,7 +6,7 @@ the page.
 """
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,12 +15,13 @@ import PIL.Image
 from medmax_jax.data.analysis import near_duplicates
 from medmax_jax.data.annotation.annotate import OUTCOMES, Verdict
 from medmax_jax.data.annotation.filters import FILTERS
+from medmax_jax.data.annotation.kinds import GENERATE
 from medmax_jax.data.annotation.questions import ImageFacts
 from medmax_jax.data.image_tokens.encoder import Encoder
 from medmax_jax.endpoints import egress
 from medmax_jax.io import html_page
 
-KEPT, REJECTED = 3, 1  # examples of each kind; of each kind and reason
+KEPT, REJECTED = 2, 1  # examples of each kind; of each kind and reason
 MAX_CHARS = 600  # of a text on the page
 REASONS = {
     "unusable": "no sample is a usable answer",
@@ -141,9 +142,15 @@ def _card(
 ) -> str:
     """Return an image next to its question, answer, scores and outcome."""
     q, image = v.question, images[v.question.image]
-    samples = [_short(r) if r else "unusable" for r in replies[q.id]]
+    samples = Counter(" / ".join(_short(r or "unusable").splitlines()) for r in replies[q.id])
     rows = [("question", _short(q.text)), ("answer", _short(v.answer) or None)]
-    rows += [("samples", "\n".join(dict.fromkeys(samples)))] if len(set(samples)) > 1 else []
+    if q.kind == "generation" and v.answer:
+        rows.append(("prompt of the image", _short(GENERATE.format(v.answer))))
+    if len(samples) > 1:
+        rows.append(("samples", "\n".join(f"{n} × {text}" for text, n in samples.most_common())))
+    if v.outcome == "contradicts":
+        values = ", ".join(sorted({v for own in image.stated.values() for v in own}))
+        rows.append(("documents state", q.stated or values))
     for name in FILTERS:
         if name in v.scores:
             limit = thresholds[name]
