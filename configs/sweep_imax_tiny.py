@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.axes = (
         {"zip": {"stages": tuple(arms), "train.steps": steps}},
         {"seeds": (0, 1, 2)},
-        {"fixed": {"train.fisher_every": 25, "train.eval_every": 10_000, "train.keep": 1}},
+        {"fixed": {"train.fisher_every": 80, "train.eval_every": 10_000, "train.keep": 1}},
     )
     config.topology = ""
     config.slices = 1
