@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
             compile="default",
             log_every=10,
             eval_every=500,
-            fisher_every=0,  # spectrum of the gradients of single documents: training/fisher.py
+            fisher_every=0,  # spectrum of single documents' gradients; the log states its cost
             samples=0,
             checkpoint_every=500,
             keep=2,

@@ -3,8 +3,10 @@
 Applies image-centric training in three stages to the tiny MedMax. It takes minutes on two cores.
 
 This is an interpretation of IMAX (arXiv 2504.09967), whose procedure was not available to us.
-Create the records first:
-    python -m data.prepare sample --out runs/imax/train --views 4
+Create the records first, with one task for each image, so that others can be added:
+    python -m data.prepare sample --out runs/imax/pool
+    python -m data.prepare densify runs/imax/pool --out runs/imax/dense --documents 288 --entries 8
+    python -m data.prepare decentralize runs/imax/pool --out runs/imax/train --like runs/imax/dense
     python -m data.prepare sample --out runs/imax/validation --split validation
 
     stage 0   the mixture, each document once per epoch
@@ -22,7 +24,7 @@ from ml_collections import ConfigDict
 
 from medmax_jax.configs import tiny
 
-STEPS = 150, 100, 50
+STEPS = 96, 64, 32
 PSEUDO = "runs/imax/pseudo"
 WINDOW = 44  # documents: about two steps, as the 256 at 7B
 WEIGHT = 0.5  # of documents with a generated answer; not measured
@@ -34,7 +36,7 @@ def get_config() -> ConfigDict:
     config.data.update(train="runs/imax/train", validation="runs/imax/validation")
     config.mixing.update(image_window=WINDOW)
     config.stages = stages("imax", *STEPS, pseudo=PSEUDO)
-    config.train.update(steps=sum(STEPS), checkpoint_every=50, samples=0)
+    config.train.update(steps=sum(STEPS), eval_every=32, checkpoint_every=32, samples=0)
     return config
 
 

@@ -6,7 +6,8 @@ padded   the method of the MedMax release: one document per row, a batch as long
 
 Runs that are compared at equal tokens have equal numbers of scored tokens: the targets of the loss,
 which a run's plan determines. `plan D --config C` prints them; `--scored N` also prints how many
-steps of the last stage make the run's number the nearest one to N.
+steps of the last stage make the run's number the nearest one to N. `plan D --sweep S` prints them
+for each run of an expanded sweep, with the steps for the number of the first run.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from medmax_jax.data.records.document import PSEUDO
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.models.guidance_streams import STREAMS
+from medmax_jax.sweep import expand
+from medmax_jax.sweep.axes import SweepError
 from medmax_jax.training import stages as run_stages
 
 # Documents and tasks per image of the data set IMAX (arXiv 2504.09967).
@@ -127,6 +130,29 @@ def run_report(records: Records, run: Run, *, scored: int = 0) -> dict[str, Any]
         steps, of_stage = _steps_for(scored - before, from_records, epochs, data)
         summary |= dict(last_stage_steps=steps, scored_then=before + of_stage)
     return summary | dict(stages=described)
+
+
+def sweep_report(records: Records, folder: Path) -> dict[str, Any]:
+    """Compare the scored tokens of the runs of a sweep with those of its first run.
+
+    `share`: of the first run's number; `last_stage_steps`: steps of the last stage, or of a run
+    without stages, with which the run scores as many as the first, up to half a step.
+    """
+    try:
+        runs = expand.read(folder)
+    except SweepError as error:
+        raise pack.PackError(str(error)) from error
+    rows, first = [], 0
+    for planned in runs:
+        found = run_report(records, expand.settings(planned), scored=first)
+        if "missing" in found:
+            raise pack.PackError(f"run {planned.run_id}: {found['missing']}, is missing; make it")
+        first = first or found["scored"]
+        row = {name: found[name] for name in ("steps", "tokens", "scored")}
+        row["share"] = round(found["scored"] / first, 4)
+        row["last_stage_steps"] = found.get("last_stage_steps", found["stages"][-1]["steps"])
+        rows.append(dict(run=planned.run_id) | row)
+    return dict(equal_tokens="scored tokens: the targets of the loss", runs=rows)
 
 
 def tokens_of_rows(
@@ -282,6 +308,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="config of a run, whose settings replace these flags; prints each of its stages",
     )  # fmt: skip
     planned.add_argument(
+        "--sweep", type=Path, metavar="S",
+        help="folder of an expanded sweep: compare the scored tokens of its runs",
+    )  # fmt: skip
+    planned.add_argument(
         "--scored", type=int, default=0, metavar="N",
         help="with --config: find the steps of its last stage for N scored tokens in all",
     )  # fmt: skip
@@ -319,7 +349,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--image_window", type=int, default=256, help="config.mixing.image_window: documents"
     )
     flags = vars(planned.parse_args([]))  # all but the folder, which prepare.py adds
-    default = {n: value for n, value in flags.items() if n not in ("config", "scored")}
+    default = {n: value for n, value in flags.items() if n not in ("config", "scored", "sweep")}
     planned.set_defaults(run=functools.partial(_run_plan, default=default))
     return planned
 
@@ -327,6 +357,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _run_plan(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, Any]:
     if str(args.folder).endswith(plan_file.SUFFIX):
         return _describe_saved(args)
+    if args.sweep is not None:
+        _check_alone(args, default, f"--sweep={args.sweep}")
+        return sweep_report(open_records(args.folder), args.sweep)
     if args.config:
         return _describe_run(args, default)
     if args.scored:
@@ -354,14 +387,18 @@ def _run_plan(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, An
 
 def _describe_run(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, Any]:
     """Describe the plan of a run's config, with the records of the command."""
-    given = [name for name in default if getattr(args, name) != default[name]]
-    if given:
-        raise pack.PackError(
-            f"--{given[0]} and --config={args.config} are both given; a config contains the "
-            "settings of its run: use --config alone, or the other flags without it"
-        )
+    _check_alone(args, default, f"--config={args.config}")
     run = from_config_dict(cli.load_config(args.config))
     return run_report(open_records(args.folder), run, scored=args.scored)
+
+
+def _check_alone(args: argparse.Namespace, default: dict[str, Any], flag: str) -> None:
+    """Raise PackError where flags repeat settings that the config of a run contains."""
+    if given := [name for name in default if getattr(args, name) != default[name]]:
+        raise pack.PackError(
+            f"--{given[0]} and {flag} are both given; a config contains the settings of its run: "
+            "use that flag alone, or the other flags without it"
+        )
 
 
 def _describe_saved(args: argparse.Namespace) -> dict[str, Any]:

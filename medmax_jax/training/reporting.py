@@ -370,6 +370,8 @@ def log_run_summary(
     log(f"training {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
     for stage in stages.facts(run, state.trainable):
         log(stages.describe(stage))
+    if run.train.fisher_every:
+        log(fisher.describe_cost(run))
     if tables:
         tree = safetensors_file.flatten_named(state.trainable)
         tree |= safetensors_file.flatten_named(job.frozen)
