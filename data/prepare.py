@@ -310,7 +310,8 @@ def _encode_documents(
             raise PrepareError(
                 f"row {number}: text contains the name of a control token; remove it"
             ) from None
-        names = ("image_path", "task", "source", "credential", "turns", "group", "id")
+        names = ["image_path", "task", "source", "credential", "turns", "group", "id"]
+        names += [name for name in jsonl.PSEUDO_FIELDS if name in text]
         digest = digests[v.path] if v else ""
         yield Document(
             tokens=tokens, image_sha256=digest, view=layout.view, answer_view=layout.answer_view,

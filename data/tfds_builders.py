@@ -14,6 +14,7 @@ data set is written atomically.
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ from medmax_jax import arguments
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import Document, RecordsError
 from medmax_jax.endpoints import egress
+from medmax_jax.io import text_files
 from medmax_jax.io.errors import printable_text
 from medmax_jax.io.progress import ByteProgress
 from medmax_jax.storage.atomic_folder import private_umask
@@ -38,7 +40,7 @@ log = logging.getLogger("medmax_jax.tfds")
 
 TEXTS = (
     "image_path", "task", "source", "credential", "group", "id", "image_sha256", "view",
-    "answer_view",
+    "answer_view", "generator",
 )  # fmt: skip
 NAME = "medmax_records"  # as TFDS spells the class below
 _WORD = re.compile(r"[a-z][a-z0-9_]*")
@@ -72,7 +74,9 @@ class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
         features |= {name: tfds.features.Text() for name in TEXTS}
         return tfds.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict(features | {"turns": np.int32}),
+            features=tfds.features.FeaturesDict(
+                features | {"turns": np.int32, "pseudo": np.bool_, "scores": tfds.features.Text()}
+            ),
             disable_shuffling=True,  # keeps the order of the records; training shuffles by itself
             metadata=tfds.core.MetadataDict(metadata),
         )
@@ -84,7 +88,8 @@ class MedmaxRecords(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, document in enumerate(writer.open_records(folder)):
             fields = dataclasses.fields(document)
-            yield number, {field.name: getattr(document, field.name) for field in fields}
+            example = {field.name: getattr(document, field.name) for field in fields}
+            yield number, example | {"scores": json.dumps(document.scores)}
             self.builder_config.progress(document.tokens.nbytes)
 
 
@@ -126,9 +131,15 @@ def write(
 
 def document(example: Mapping[str, Any]) -> Document:
     """Return the document from which an example of a data source was made."""
-    # Data sets written before the digest was added have none.
+    # Data sets written before a field was added lack it.
     texts = {name: example[name].decode() for name in TEXTS if name in example}
-    return Document(tokens=example["tokens"], turns=int(example["turns"]), **texts)
+    return Document(
+        tokens=example["tokens"],
+        turns=int(example["turns"]),
+        pseudo=bool(example.get("pseudo", False)),
+        scores=text_files.parse_object(example.get("scores", b"{}"), "scores"),
+        **texts,
+    )
 
 
 def _prepare(config: RecordsConfig, out: str | Path) -> None:

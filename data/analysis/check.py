@@ -42,7 +42,7 @@ from medmax_jax.data.image_tokens.encoder import (
     load_encoder,
     log,
 )
-from medmax_jax.data.records.document import RecordsError
+from medmax_jax.data.records.document import PSEUDO, RecordsError
 from medmax_jax.data.records.jsonl import plain_text, to_text
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.writer import has_credentialed
@@ -88,7 +88,8 @@ def check(
     findings.find_duplicates(columns, sha, namer, report)
     findings.find_near_duplicates(hashes, owners, columns.path, namer, report)
     names = ("documents", "tokens", "text_tokens", "image_tokens", "sha256")
-    summary = {n: records.meta[n] for n in names} | dict(looked_at=len(hashes), flat=flat)
+    summary = {n: records.meta[n] for n in (*names, PSEUDO) if n in records.meta}
+    summary |= dict(looked_at=len(hashes), flat=flat)
     if items:
         hashed = eval_set.with_image_hashes(items, eval_images, encoder)
         findings.find_shared_images(hashed, columns, sha, (hashes, owners), namer, report)

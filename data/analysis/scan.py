@@ -22,6 +22,7 @@ from medmax_jax.data.image_tokens.encoder import LOG_SECONDS, log
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import (
     COLUMNS,
+    PSEUDO,
     Document,
     RecordsError,
     check_document,
@@ -112,6 +113,8 @@ class _Labels:
         index = self._records.index
         row = writer.token_counts(document, self._records.layout.vocab)
         if row != [int(index[name][number]) for name in COLUMNS]:
+            return False
+        if int(index[PSEUDO][number]) != document.pseudo:
             return False
         for label, names in self._names.items():
             if names[index[label][number]] != getattr(document, label):

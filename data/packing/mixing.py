@@ -7,6 +7,7 @@
 
     mixing.fraction  of the images of each source, with all their documents; 0.25 is a subset of 0.5
     mixing.leave_out "VQA, Captioning": no document of these
+    mixing.pseudo    False: no document whose answer a model generated
 
 A document over the limit is left out entirely: if it were cut, it would lose its answer or half an
 image. No window of pack.py holds a document twice, so no row does.
@@ -41,8 +42,8 @@ def within_length_limit(records: Records, limit: int) -> Int[np.ndarray, "_"]:
 def eligible_documents(records: Records, data: Data, mixing: Mixing) -> Int[np.ndarray, "_"]:
     """Return the documents that a run with these settings may draw.
 
-    A fraction is taken of all images, before document_limit and leave_out, so that a run without
-    VQA sees the same images as the corresponding run with VQA.
+    A fraction is taken of all images, before document_limit, leave_out and pseudo, so that a run
+    without VQA sees the same images as the corresponding run with VQA.
     """
     documents = within_length_limit(records, data.document_limit)
     keep = np.ones(len(records), bool)
@@ -55,12 +56,15 @@ def eligible_documents(records: Records, data: Data, mixing: Mixing) -> Int[np.n
         )
     if mixing.leave_out:
         keep &= ~np.isin(records.index[mixing.by], _excluded(records, mixing))
+    if not mixing.pseudo:
+        keep &= records.index["pseudo"] == 0
     eligible = documents[keep[documents]]
     if not eligible.size:
         raise PackError(
-            f"{records.folder}: mixing.fraction = {mixing.fraction:g} and mixing.leave_out = "
-            f"{mixing.leave_out!r} leave no document within data.document_limit; increase the "
-            "fraction or exclude fewer names"
+            f"{records.folder}: mixing.fraction = {mixing.fraction:g}, mixing.leave_out = "
+            f"{mixing.leave_out!r} and mixing.pseudo = {mixing.pseudo} leave no document within "
+            "data.document_limit; increase the fraction, exclude fewer names or draw pseudo "
+            "documents"
         )
     return eligible
 

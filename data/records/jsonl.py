@@ -3,22 +3,25 @@
 {"id": "PMC1_f2", "text": "question<reserved08706>answer with <image>", "image_path": "a.png",
  "task": "Multimodal Generation", "source": "PMC-OA", "credential": "no", "group": "PMC1",
  "turns": 1}
+
+A row whose answer a model generated also has "pseudo": true, "generator" and, optionally, "scores".
 """
 
 from pathlib import Path
 from typing import Any
 
-from medmax_jax.data.records.document import Document, Layout, RecordsError
+from medmax_jax.data.records.document import Document, Layout, RecordsError, check_pseudo
 from medmax_jax.endpoints import egress
 from medmax_jax.io.text_files import TextFileError, read_objects
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer, split_segments
 from medmax_jax.storage.image_paths import is_inside
 
 TEXT_FIELDS = ("id", "text", "image_path", "task", "source", "credential", "group")
+PSEUDO_FIELDS = {"pseudo": False, "generator": "", "scores": {}}  # and what a row without has
 
 
 def read_texts(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a file, each with the fields above; raise RecordsError or OutgoingError.
+    """Return the rows of a file, with the fields above; raise RecordsError or OutgoingError.
 
     For a row that is credentialed, or that does not state its class, messages contain only the
     row's number, the field and the type.
@@ -38,6 +41,7 @@ def read_texts(path: str | Path) -> list[dict[str, Any]]:
                 f"{expected}"
             )
         egress.data_class_of(row, f"{path} row {n}")
+        check_pseudo(*(row.get(k, v) for k, v in PSEUDO_FIELDS.items()), f"{path} row {n}")
         has_image, image_path = IMAGE_NAME in row["text"], row["image_path"]
         if has_image != bool(image_path) or (image_path and not is_inside(image_path)):
             raise RecordsError(

@@ -2,7 +2,7 @@
 
     folder/00000-of-00003.array_record   one document per record, see document.py
     folder/index.npy                     int32 [documents, COLUMNS and LABELS]: counts, and names
-                                         by number
+                                         by number; then PSEUDO, if any document is one
     folder/dataset.json                  counts, vocabulary, image size, fingerprints; written last
 
 A folder without dataset.json is not finished. ArrayRecord reads a truncated shard as empty records
@@ -22,6 +22,7 @@ from medmax_jax.config import VIEWS, ConfigError, build
 from medmax_jax.data.records.document import (
     COLUMNS,
     LABELS,
+    PSEUDO,
     Document,
     Layout,
     RecordsError,
@@ -44,7 +45,10 @@ def open_records(folder: str | os.PathLike) -> "Records":
 
 
 class Records(Sequence):
-    """Random access to a folder's documents. `index[column]`: int32 [documents]."""
+    """Random access to a folder's documents. `index[column]`: int32 [documents].
+
+    The columns are COLUMNS, LABELS and PSEUDO, which is 0 in a folder without such documents.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -139,6 +143,9 @@ def _wrong_field(meta: dict[str, Any]) -> str:
     for name, expected in types.items():
         if type(meta.get(name)) is not expected:
             return name
+    pseudo = meta.get(PSEUDO, 1)  # left out if there are none
+    if type(pseudo) is not int or not 0 < pseudo <= max(meta["documents"], 1):
+        return PSEUDO
     for number, shard in enumerate(meta["shards"]):
         shard_types = dict(file=str, documents=int, bytes=int)
         if not isinstance(shard, dict):
@@ -173,11 +180,19 @@ def _read_index(folder: Path, meta: dict[str, Any]) -> dict[str, np.ndarray]:
     if digest != meta["index_sha256"]:
         raise RecordsError(f"{path}: missing or damaged; build the data set again")
     table = np.load(path, mmap_mode="r", allow_pickle=False)  # unused columns stay on disk
-    if table.shape != (sum(s["documents"] for s in meta["shards"]), len(COLUMNS) + len(LABELS)):
+    names = (*COLUMNS, *LABELS, *([PSEUDO] if PSEUDO in meta else []))
+    if table.shape != (sum(s["documents"] for s in meta["shards"]), len(names)):
         raise RecordsError(
             f"{path}: shape is {table.shape}, which does not match {META}; build the data set again"
         )
-    return {n: np.asarray(c) for n, c in zip((*COLUMNS, *LABELS), table.T, strict=True)}
+    index = {n: np.asarray(c) for n, c in zip(names, table.T, strict=True)}
+    index.setdefault(PSEUDO, np.broadcast_to(np.int32(0), len(table)))  # takes no memory
+    if int(index[PSEUDO].sum()) != meta.get(PSEUDO, 0):
+        raise RecordsError(
+            f"{path}: {index[PSEUDO].sum()} documents are pseudo, but {META} states "
+            f"{meta.get(PSEUDO, 0)}; build the data set again"
+        )
+    return index
 
 
 def _check_shard(folder: Path, shard: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from medmax_jax.data.records.document import (
     HEAD,
     LABELS,
     MAGIC,
+    PSEUDO,
     Document,
     Layout,
     RecordsError,
@@ -48,7 +49,9 @@ __all__ = [
     "to_bytes",
     "write",
 ]
-_UNWRITTEN = dict(image_sha256="", view="released", answer_view="released")
+_UNWRITTEN = dict(
+    image_sha256="", view="released", answer_view="released", pseudo=False, generator="", scores={}
+)
 _OPTIONS = "group_size:1,zstd:3"  # group_size 1: the only one with fast random access
 
 
@@ -109,6 +112,8 @@ def _write(
         raise
     table = np.frombuffer(rows, np.int32).reshape(-1, len(COLUMNS))
     index = np.concatenate([table, labels.table()], axis=1)
+    if any(count.pseudo):
+        index = np.column_stack([index, np.frombuffer(count.pseudo, np.int8).astype(np.int32)])
     np.save(folder / INDEX, np.asfortranarray(index))  # stored by column, as it is read
     meta = _meta(index, count, layout, digest, shards, notes)
     meta["index_sha256"] = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
@@ -141,8 +146,8 @@ def token_counts(document: Document, vocab: Vocab) -> list[int]:
 def to_bytes(document: Document) -> bytes:
     """Return one self-describing record: magic, CRC-32, JSON header, token ids (see `from_bytes`).
 
-    An unknown hash and the released view are left out, so that records written before the fields
-    existed keep the same bytes, and the folder keeps its fingerprint.
+    Fields that have their default are left out, so that records written before the fields existed
+    keep the same bytes, and the folder keeps its fingerprint.
     """
     dtype = "<u2" if document.tokens.max() < 2**16 else "<i4"
     fields = {f.name: getattr(document, f.name) for f in dataclasses.fields(document)}
@@ -186,16 +191,18 @@ class LabelColumns:
 
 
 class _Counter:
-    """Counts documents by task, source and credential, and the number of groups."""
+    """Counts documents by task, source and credential, and groups; `pseudo`: of each document."""
 
     def __init__(self):
         self.by = {name: collections.Counter() for name in ("task", "source", "credential")}
         self.groups: set[str] = set()
+        self.pseudo = array("b")
 
     def add(self, document: Document) -> None:
         for name, counter in self.by.items():
             counter[getattr(document, name)] += 1
         self.groups.add(document.group)
+        self.pseudo.append(document.pseudo)
 
 
 class _ShardWriter:
@@ -270,6 +277,7 @@ def _new_folder(folder: str | os.PathLike) -> Path:
 def _meta(index, count, layout, digest, shards, notes) -> dict[str, Any]:
     sums = index[:, : len(COLUMNS)].astype(np.int64).sum(0)  # not LABELS
     total = dict(zip(COLUMNS, sums.tolist(), strict=True))
+    pseudo = {PSEUDO: sum(count.pseudo)} if any(count.pseudo) else {}
     return dict(
         format=FORMAT,
         documents=len(index),
@@ -282,6 +290,7 @@ def _meta(index, count, layout, digest, shards, notes) -> dict[str, Any]:
         tasks=dict(sorted(count.by["task"].items())),
         sources=dict(sorted(count.by["source"].items())),
         credentials=dict(sorted(count.by["credential"].items())),
+        **pseudo,
         layout=dataclasses.asdict(layout),
         sha256=digest.hexdigest(),
         shards=shards,

@@ -68,8 +68,12 @@ def checked(run: config.Run, options: Options) -> config.Run:
         )
     data = {name: hub.pinned(getattr(run.data, name)) for name in ("train", "validation")}
     weights = hub.pinned(run.train.init_from)
+    run_stages = tuple(
+        dataclasses.replace(stage, records=hub.pinned(stage.records)) for stage in run.stages
+    )
     return dataclasses.replace(
         run,
+        stages=run_stages,
         data=dataclasses.replace(run.data, **data),
         train=dataclasses.replace(run.train, init_from=weights),
     )
@@ -142,19 +146,31 @@ def restore_checkpoint(
 
 
 def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
-    """Return the config, versions, and fingerprints of the base weights and of the records."""
-    folder, records = run.train.init_from, train_data.records
+    """Return the config, versions, and fingerprints of the base weights and of the records.
+
+    Where stages have records of their own, `stage_data` and `stage_plans` are those of each stage
+    that can be loaded.
+    """
+    folder, of_stages = run.train.init_from, train_data.records_of_stages()
     base = f"random weights of seed {run.train.seed}, {run.train.prng_impl}"
     if folder:
-        layout = records.layout
-        export.check_base(folder, run, tokenizer=layout.tokenizer, vqgan=layout.vqgan)
+        for layout in (records.layout for records in of_stages):
+            export.check_base(folder, run, tokenizer=layout.tokenizer, vqgan=layout.vqgan)
         base = export.base_fingerprint(folder)
-    metadata = {name: records.meta[name] for name in ("sources", "credentials")}
+    metadata: dict[str, Any] = {name: {} for name in ("sources", "credentials")}
+    for name, counts in metadata.items():
+        for records in of_stages:  # pseudo records have the documents of the others, too
+            counts |= {n: max(counts.get(n, 0), count) for n, count in records.meta[name].items()}
     metadata |= {
-        "data": records.fingerprint,
+        "data": of_stages[0].fingerprint,
         "plan": train_data.plan,
         "versions": reporting.versions(),
     }
+    if any(stage.records for stage in run.stages):
+        metadata |= {
+            "stage_data": [records.fingerprint for records in of_stages],
+            "stage_plans": list(train_data.plans),
+        }
     return {"config": config.to_dict(run), "base": base} | metadata
 
 

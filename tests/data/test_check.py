@@ -67,6 +67,7 @@ def test_valid_records_have_no_findings(tmp_path, capsys):
         ("schema", 3, dict(task=""), "task is empty or not text"),
         ("schema", 3, dict(turns=-1), "turns is not an integer of 0"),
         ("schema", 3, dict(image_sha256="abc"), "image_sha256 is neither SHA-256"),
+        ("schema", 3, dict(pseudo=True), "pseudo is true, but generator is not SHA-256"),
         ("ids", 20, dict(tokens=np.array([0, 9_999, 2], np.int32)), "token 9999 is outside"),
         (
             "ids",

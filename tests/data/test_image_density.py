@@ -1,5 +1,6 @@
 """Tests of densify and decentralize: equal counts of each task on few images or on many."""
 
+import dataclasses
 import json
 
 import micro_run
@@ -136,6 +137,30 @@ def test_two_arms_of_the_sample_differ_in_arrangement_only(sample, tmp_path, cap
         notes = records.meta["notes"]
         assert notes["split"] == "train" and notes["selection"]["kind"] == kind
         assert notes["selection"]["pool"] == open_records(sample).fingerprint
+
+
+def test_pseudo_documents_are_selected_counted_and_checked(sample, tmp_path, capsys):
+    records = open_records(sample)
+    made = dict(pseudo=True, generator="ab" * 32, scores={"margin": 0.5})
+    documents = [
+        dataclasses.replace(document, **(made if number % 2 else {}))
+        for number, document in enumerate(records)
+    ]
+    pool, dense = tmp_path / "pool", tmp_path / "dense"
+    writer.write(pool, documents, shard_size=64, layout=records.layout, notes={})
+    run(capsys, "densify", pool, "--out", dense, "--documents", 60)
+    selected = open_records(dense)
+    count = sum(document.pseudo for document in selected)
+    assert 0 < count < 60 and selected.index["pseudo"].sum() == count
+    assert {(d.generator, d.scores["margin"]) for d in selected if d.pseudo} == {("ab" * 32, 0.5)}
+    assert sum(run(capsys, "stats", dense)["pseudo"].values()) == count
+    assert "pseudo" not in run(capsys, "stats", sample)
+    checked = run(capsys, "check", dense)
+    assert checked["errors"] == 0 and checked["pseudo"] == count
+    run(capsys, "stats", dense, "--out", tmp_path / "page.html", "--examples", 40)
+    page = (tmp_path / "page.html").read_text()
+    assert f"A model generated the answers of {count} documents." in page
+    assert "ab" * 8 in page and "margin 0.5" in page
 
 
 def test_entries_change_the_number_of_images_and_nothing_else(sample, tmp_path, capsys):

@@ -30,7 +30,8 @@ def mixed(
 ):
     return config.Mixing(
         by=by, unit=unit, weights=weights, image_centric=image_centric,
-        image_window=image_window, leave_out=leave_out, fraction=fraction, fraction_seed=0,
+        image_window=image_window, leave_out=leave_out, pseudo=True, fraction=fraction,
+        fraction_seed=0,
     )  # fmt: skip
 
 

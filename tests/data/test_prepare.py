@@ -304,3 +304,16 @@ def test_rounds_are_other_wordings_of_the_same_facts(make, tmp_path):
     first, both = ({d.id for d in writer.open_records(tmp_path / n)} for n in "12")
     second = {i for i in both if i.endswith("-r1")}
     assert both - second == first and 0.9 < len(second) / len(first) < 1.1
+
+
+def test_rows_with_generated_answers_become_pseudo_documents(tmp_path):
+    row = dict(id="a", text="Is it?<reserved08706>no", image_path="", task="VQA", source="s")
+    row |= dict(credential="no", group="g", turns=1)
+    made = row | dict(id="b", pseudo=True, generator="c3" * 32, scores={"margin": 1.5})
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(made) + "\n")
+    prepare.prepare_documents(
+        tmp_path / "r", source=tmp_path / "t.jsonl", images=tmp_path, model_folder=prepare.TINY
+    )
+    records = writer.open_records(tmp_path / "r")
+    assert [d.pseudo for d in records] == [False, True]
+    assert records[1].generator == "c3" * 32 and records[1].scores == {"margin": 1.5}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from medmax_jax.config import Vocab
 from medmax_jax.data.records import document as records_document
-from medmax_jax.data.records import synthetic, writer
+from medmax_jax.data.records import jsonl, synthetic, writer
 from medmax_jax.data.records.document import Document, Layout, RecordsError
 from medmax_jax.models.vocab import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP
 
@@ -213,6 +213,83 @@ def test_open_errors(tmp_path):
         path.write_text(bad)
         with pytest.raises(RecordsError, match=message):
             writer.open_records(tmp_path / "r")
+
+
+OLD_SHA256 = "8ad7bffe672d8e9f91cc0c4ba78ccae6c5901a446525ed6db98c579fe42bded6"
+OLD_INDEX_SHA256 = "2f5bc2c3de6b01e91980394ff4a69e5dd80fec0916cf0a68f303cc92c1a6b677"
+GENERATED = dict(pseudo=True, generator="a1" * 32, scores={"margin": 0.25, "agreement": 1.0})
+
+
+def test_pseudo_documents_are_stored_and_counted(tmp_path):
+    docs = [simple(n) for n in range(5)]
+    docs += [document([BOS, *Q, SEP, *A, EOS], n, turns=1, **GENERATED) for n in (5, 6)]
+    meta = write(tmp_path / "r", docs)
+    records = writer.open_records(tmp_path / "r")
+    assert all(same(a, b) for a, b in zip(records, docs, strict=True))
+    assert meta["pseudo"] == 2 and records.index["pseudo"].tolist() == [0] * 5 + [1, 1]
+    assert records.index["image_path"].tolist() == [0] * 7  # the other columns are where they were
+
+
+def test_folders_without_pseudo_documents_keep_their_bytes(tmp_path):
+    """Digests of the commit before the fields existed, for the same documents."""
+    meta = write(tmp_path / "r", [simple(n) for n in range(8)])
+    assert "pseudo" not in meta
+    assert meta["sha256"] == OLD_SHA256 and meta["index_sha256"] == OLD_INDEX_SHA256
+    assert writer.open_records(tmp_path / "r").index["pseudo"].tolist() == [0] * 8
+    header = writer.to_bytes(simple(0))
+    assert not any(name in header for name in (b"pseudo", b"generator", b"scores"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(pseudo=1), "pseudo is neither true nor false"),
+        (dict(pseudo=False), "generator is set without pseudo"),
+        (dict(pseudo=False, generator=""), "scores are set without pseudo"),
+        (dict(generator=""), "pseudo is true, but generator is not SHA-256"),
+        (dict(generator="A1" * 32), "generator is not SHA-256"),
+        (dict(generator="a1" * 32 + "\n"), "generator is not SHA-256"),
+        (dict(generator=None), "generator is not text"),
+        (dict(scores=[1.0]), "scores is not an object"),
+        (dict(scores={"a": float("nan")}), "a value in scores is not a finite number"),
+        (dict(scores={"a": float("inf")}), "a value in scores is not a finite number"),
+        (dict(scores={"a": 10**400}), "a value in scores is not a finite number"),
+        (dict(scores={"a": True}), "a value in scores is not a finite number"),
+        (dict(scores={"a": "1"}), "a value in scores is not a finite number"),
+        (dict(scores={"": 1.0}), "a name in scores is not printable"),
+        (dict(scores={"a\n": 1.0}), "a name in scores is not printable"),
+        (dict(scores={"a" * 65: 1.0}), "a name in scores is not printable"),
+        (dict(scores={str(n): 1.0 for n in range(17)}), "scores has 17 names; at most 16"),
+    ],
+)
+def test_invalid_pseudo_fields_are_refused(tmp_path, fields, message):
+    with pytest.raises(RecordsError, match=f"'d0' of 'sample': .*{message}"):
+        write(tmp_path / "r", [document([BOS, *A, EOS], **(GENERATED | fields))])
+    row = dict(id="d", text="a", image_path="", task="t", source="s", credential="no", group="g")
+    row |= dict(turns=0) | GENERATED | fields
+    with pytest.raises(RecordsError, match="row 1|cannot be read"):  # NaN is no JSON
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        jsonl.read_texts(tmp_path / "rows.jsonl")
+
+
+def test_forged_pseudo_fields_are_refused_on_reading(tmp_path, monkeypatch):
+    write(tmp_path / "r", [document([BOS, *A, EOS], **GENERATED)])
+    path = tmp_path / "r" / "dataset.json"
+    good = json.loads(path.read_text())
+    without = {k: v for k, v in good.items() if k != "pseudo"}
+    for bad, message in [
+        (good | {"pseudo": 0}, "field pseudo is missing or invalid"),
+        (good | {"pseudo": True}, "field pseudo is missing or invalid"),
+        (good | {"pseudo": 2}, "field pseudo is missing or invalid"),
+        (without, "shape is .1, 10."),
+    ]:
+        path.write_text(json.dumps(bad))
+        with pytest.raises(RecordsError, match=message):
+            writer.open_records(tmp_path / "r")
+    monkeypatch.setattr(writer, "check_document", lambda *_, **__: None)
+    write(tmp_path / "forged", [document([BOS, *A, EOS], **(GENERATED | dict(generator="x")))])
+    with pytest.raises(RecordsError, match="generator is not SHA-256"):
+        writer.open_records(tmp_path / "forged")[0]
 
 
 def test_truncated_or_missing_shard(tmp_path):

@@ -35,6 +35,7 @@ def document(n, credential):
         turns=n % 2,
         group=f"g{n // 2}",
         id=f"d{n}",
+        **(dict(pseudo=True, generator="b2" * 32, scores={"margin": n / 3}) if n % 3 else {}),
     )
 
 
