@@ -171,43 +171,52 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tables of the page by name."""
-    parts = found["summary"]
-    names = list(dict.fromkeys(row["name"] for row in parts["nll"]))
-    by = {(row["contrast"], row["name"]): row for row in parts["nll"]}
+    """Return the tables of the page by name; empty without the arms of one."""
+    parts, arms = found["summary"], found["arms"]
     pairs = list(dict.fromkeys(row["contrast"] for row in parts["nll"]))
-    nll = [[pair, *(cell(by[pair, name], "diff") for name in names[:1])] for pair in pairs]
-    accuracy = {(row["contrast"], row["name"]): row for row in parts["accuracy"]}
-    for line, pair in zip(nll, pairs, strict=True):
-        line.append(cell(accuracy[pair, "all"], "diff"))
-    families = [
-        [name, *(cell(by[pair, name], "diff") for pair in pairs if pair in SHOWN)] for name in names
-    ]
-    entries = [
-        [row["name"], *(f"{mean:.3f}" for mean in row["means"]), cell(row, "slope", 4)]
-        for row in parts["slopes"]
-    ]
-    last = max((row["point"] for row in parts["probe"]), default=0)
-    statistics = []
-    for pair in pairs:
-        line = [pair]
-        for part in ("probe", "batch"):
-            for name in STATISTICS:
-                line += [
-                    cell(row, "diff")
-                    for row in parts[part]
-                    if (row["contrast"], row["name"], row["point"]) == (pair, name, last)
-                ]
-        statistics.append(line)
+    by = {(n, row["contrast"], row["name"]): row for n in ("nll", "accuracy") for row in parts[n]}
     shown = [pair for pair in pairs if pair in SHOWN]
+    families = list(dict.fromkeys(row["name"] for row in parts["nll"]))
+    last = max((row["point"] for row in parts["probe"]), default=0)
+    ends = {(n, row["contrast"], row["name"]): row for n in ("probe", "batch")
+            for row in parts[n] if row["point"] == last}  # fmt: skip
     return dict(
-        contrasts=table(("arms", "NLL, all families", "accuracy"), nll),
-        families=table(("family", *shown), families),
-        entries=table(("family", *(f"{n}" for n in ENTRIES), "slope"), entries) if entries else "",
-        statistics=table(
-            ("arms", "SE, probe", "rho, probe", "SE, own batches", "rho, own batches"), statistics
+        arms=table(
+            ("arm", "images", "documents per image", "tasks per image", "steps", "scored tokens",
+             "NLL", "accuracy"),
+            [[name, *_trained(arm["runs"]), *(f"{np.mean(arm[measure]['all']):.3f}"
+              for measure in ("nll", "accuracy"))] for name, arm in arms.items()],
         ),
-    )
+        contrasts=table(
+            ("difference", "NLL, all families", "accuracy"),
+            [[pair, *(cell(by[measure, pair, "all"], "diff") for measure in ("nll", "accuracy"))]
+             for pair in pairs],
+        ),
+        families=table(
+            ("NLL by family", *shown),
+            [[name, *(cell(by["nll", pair, name], "diff") for pair in shown)] for name in families],
+        ),
+        entries=table(
+            ("NLL by family", *(f"{n}" for n in ENTRIES), "slope"),
+            [[row["name"], *(f"{mean:.3f}" for mean in row["means"]), cell(row, "slope")]
+             for row in parts["slopes"]],
+        ) if parts["slopes"] else "",
+        statistics=table(
+            ("difference", "SE, probe", "rho, probe", "SE, own steps", "rho, own steps"),
+            [[pair, *(cell(ends[part, pair, name], "diff")
+              for part in ("probe", "batch") for name in STATISTICS)] for pair in pairs],
+        ),
+    )  # fmt: skip
+
+
+def _trained(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the cells of what the runs of an arm trained on; ranges over seeds."""
+    cells = []
+    for name, form in (("images", "{}"), ("entries", "{:.2f}"), ("tasks", "{:.2f}"),
+                       ("steps", "{}"), ("scored", "{:,}")):  # fmt: skip
+        ends = dict.fromkeys(form.format(end(run[name] for run in runs)) for end in (min, max))
+        cells.append(" to ".join(ends))
+    return cells
 
 
 SHOWN = ("imax - dmax", "pseudo - dmax")  # contrasts whose families are in a table

@@ -78,9 +78,11 @@ def test_slope_is_the_change_when_entries_double():
 
 def test_stages_end_where_the_tokens_are_equal():
     """Stages one and two have fixed steps, and the last one adapts."""
-    stages = imax.settings_of("windows", 0, 70, 64).stages
+    stages = imax.settings_of("pseudo", 0, 70, 64, "P").stages
     assert [stage["steps"] for stage in stages] == [32, 21, 17]
-    assert [stage["mixing"].get("image_centric", False) for stage in stages] == [False, True, False]
+    assert [stage.get("records", "") for stage in stages] == ["", "P", ""]
+    stages = imax.settings_of("windows", 0, 70, 64).stages
+    assert [stage.get("mixing") for stage in stages] == [None, dict(image_centric=True), None]
     assert not imax.settings_of("dmax", 0, 64, 64).mixing.image_centric
     assert imax.settings_of("imax", 0, 64, 64).mixing.image_centric
 
