@@ -406,8 +406,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.use_compile_cache(str(work / "compiled"))
     load, m = os.getloadavg(), measures(work)
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    for seed in range(args.seeds):
-        for arm in arms:
+    for arm in arms:
+        for seed in range(args.seeds):
             runs[arm].append(measured(work, arm, seed, m, args))
     for group in (("dmax", "imax"), tuple(f"entries_{n}" for n in results.ENTRIES)):
         counts = [seed["tasks"] for arm in group for seed in runs.get(arm, [])]
