@@ -9,7 +9,8 @@
                change when entries double, at equal tokens. It may have either sign; the laws of
                medmax_jax.scaling cannot rise, and have as many parameters as there are points
 
-`python benchmarks/imax_results.py FILE.json` prints the tables of a result.
+`python benchmarks/imax_results.py RESULTS.json [PAGE.md]` prints the tables of a result, or writes
+them to a page in place of its tables with the same columns.
 """
 
 import json
@@ -175,12 +176,19 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
     parts, arms = found["summary"], found["arms"]
     pairs = list(dict.fromkeys(row["contrast"] for row in parts["nll"]))
     by = {(n, row["contrast"], row["name"]): row for n in ("nll", "accuracy") for row in parts[n]}
-    shown = [pair for pair in pairs if pair in SHOWN]
     families = list(dict.fromkeys(row["name"] for row in parts["nll"]))
     last = max((row["point"] for row in parts["probe"]), default=0)
     ends = {(n, row["contrast"], row["name"]): row for n in ("probe", "batch")
             for row in parts[n] if row["point"] == last}  # fmt: skip
+    minutes = sum(sum(run["seconds"]) for arm in arms.values() for run in arm["runs"]) / 60
     return dict(
+        facts=table(
+            ("seeds", "held-out documents", "their groups", "items asked", "intervals",
+             "of these exclude 0", "minutes of all runs"),
+            [[str(found[name]) for name in ("seeds", "held_out", "groups", "items")]
+             + [str(parts[name]) for name in ("intervals", "excluding_zero")]
+             + [f"{minutes:.0f}"]],
+        ),
         arms=table(
             ("arm", "images", "documents per image", "tasks per image", "steps", "scored tokens",
              "NLL", "accuracy"),
@@ -193,8 +201,9 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
              for pair in pairs],
         ),
         families=table(
-            ("NLL by family", *shown),
-            [[name, *(cell(by["nll", pair, name], "diff") for pair in shown)] for name in families],
+            ("NLL by family", *SHOWN),
+            [[name, *(cell(by["nll", pair, name], "diff") if pair in pairs else ""
+              for pair in SHOWN)] for name in families],
         ),
         entries=table(
             ("NLL by family", *(f"{n}" for n in ENTRIES), "slope"),
@@ -257,7 +266,24 @@ def chart(found: Mapping[str, Any], path: pathlib.Path) -> None:
     charts.save(figure, path)
 
 
+def with_tables(page: str, found: Mapping[str, Any]) -> str:
+    """Return a page with the tables of a result in place of those with the same head."""
+    lines = page.splitlines()
+    for text in filter(None, tables(found).values()):
+        new = text.splitlines()
+        start = lines.index(new[0])
+        end = next(
+            (n for n in range(start, len(lines)) if not lines[n].startswith("|")), len(lines)
+        )
+        lines[start:end] = new
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     result = json.loads(pathlib.Path(sys.argv[1]).read_text())
-    for title, text in tables(result).items():
-        print(f"{title}\n\n{text}\n")
+    if sys.argv[2:]:
+        written = pathlib.Path(sys.argv[2])
+        written.write_text(with_tables(written.read_text(), result))
+    else:
+        for title, text in tables(result).items():
+            print(f"{title}\n\n{text}\n")
