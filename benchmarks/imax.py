@@ -11,6 +11,7 @@ available to us: the arms are our interpretation.
     plain          dmax for half of the tokens: the model of stage one
     windows        dmax in three stages: plain 1/2, windows 1/3, plain 1/6 of the steps
     pseudo         the same with documents that the model of `plain` answered, in the windows alone
+                   and with half the weight (configs/imax_tiny.py)
     entries_1 .. 8 densify by entries per image, N/4 documents and half of the steps, no windows
 
 A seed decides the images, the order of documents and the adapters' initial weights. Each run is a
@@ -29,6 +30,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -51,8 +53,9 @@ import imax_results as results
 from medmax_jax import arguments, cli, config, sharding
 from medmax_jax import train as train_program
 from medmax_jax.checkpoints.manager import CheckpointManager
-from medmax_jax.configs import eval_tiny, tiny
+from medmax_jax.configs import eval_tiny, imax_tiny, tiny
 from medmax_jax.data import loader, prepare
+from medmax_jax.data.packing import report
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.reader import open_records
 from medmax_jax.environment import environment
@@ -71,7 +74,7 @@ POINTS = 3  # of training at which SE and rho are measured
 PER_CELL = 3  # held-out documents of each family and group
 ASKED = 98  # items of each family; there are 98 of multiple choice
 FAMILIES = ("vqa_closed", "vqa_mcq")  # their accuracy needs no judge
-STAGED = ("windows", "pseudo")
+STAGED = {"windows": "no_pseudo", "pseudo": "imax"}  # names of configs/imax_tiny.py
 ARMS = (
     "dmax",
     "imax",
@@ -80,6 +83,9 @@ ARMS = (
     "plain",
     *STAGED,
 )
+
+
+MEASURED = ("nll", "accuracy", "probe", "batch")  # of a run, apart from what it trained on
 
 
 # ---- records ----
@@ -106,8 +112,16 @@ def records_of(work: pathlib.Path, arm: str, seed: int, documents: int) -> pathl
     imax = prepared(folder / f"imax_{seed}", *dense, documents, "--entries", 8)
     if arm.startswith("imax"):
         return imax
-    dmax = prepared(folder / f"dmax_{seed}", "decentralize", pool, "--like", imax, "--seed", seed)
-    return dmax
+    return prepared(folder / f"dmax_{seed}", "decentralize", pool, "--like", imax, "--seed", seed)
+
+
+def pseudo_records(work: pathlib.Path, seed: int, documents: int) -> pathlib.Path:
+    """Return the records of dmax with documents that the model of `plain` answered."""
+    dmax, generator = records_of(work, "dmax", seed, documents), work / f"plain_{seed}"
+    if not (generator / "measures.json").exists():
+        raise SystemExit("--arms pseudo: the model of `plain` answers; name plain before pseudo")
+    folder = work / "records" / f"pseudo_{seed}"
+    return prepared(folder, "pseudo", dmax, "--adapter", generator, "--seed", seed)
 
 
 def held_out(work: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
@@ -148,8 +162,11 @@ def held_out(work: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 # ---- training ----
 
 
-def settings_of(arm: str, seed: int, steps: int, planned: int) -> Any:
-    """Return the config of an arm; `planned`: steps before they are adapted to equal tokens."""
+def settings_of(arm: str, seed: int, steps: int, planned: int, pseudo: str = "") -> Any:
+    """Return the config of an arm; `planned`: steps before they are adapted to equal tokens.
+
+    pseudo: the folder of pseudo_records, for the arm of that name.
+    """
     c = tiny.get_config()
     c.data.update(train="", validation="", batch_size=ROWS, seed=seed)
     c.mixing.update(image_window=WINDOW, image_centric=arm == "imax")
@@ -160,12 +177,8 @@ def settings_of(arm: str, seed: int, steps: int, planned: int) -> Any:
     )  # fmt: skip
     if arm in STAGED:
         first, second = planned // 2, planned // 3
-        pseudo = dict(pseudo=False) if arm == "pseudo" else {}
-        c.stages = [
-            dict(steps=first, mixing=pseudo),
-            dict(steps=second, mixing=dict(image_centric=True)),
-            dict(steps=steps - first - second, mixing=pseudo),
-        ]
+        name, last = STAGED[arm], steps - first - second
+        c.stages = imax_tiny.stages(name, first, second, last, pseudo=pseudo)
     return c
 
 
@@ -184,17 +197,23 @@ def run_of(work: pathlib.Path, arm: str, seed: int, args: Any) -> tuple[config.R
     folder = records_of(work, arm, seed, args.documents)
     its = config.from_config_dict(settings_of(reference, seed, steps, steps))
     target = int(scored_tokens(its, records_of(work, reference, seed, args.documents))[-1])
-    longer = config.from_config_dict(settings_of(arm, seed, steps + steps // 3 + 8, steps))
+    pseudo = str(pseudo_records(work, seed, args.documents)) if arm == "pseudo" else ""
+    more = steps + steps // 3 + 8
+    longer = config.from_config_dict(settings_of(arm, seed, more, steps, pseudo))
     scored = scored_tokens(longer, folder)
     nearest = int(np.argmin(np.abs(scored - target)))
     share = scored[nearest] / target
     assert abs(share - 1) < 1 / steps, (arm, share)  # within the tokens of a step
     tasks = open_records(folder).meta["tasks"]
-    c = settings_of(arm, seed, nearest + 1, steps)
+    c = settings_of(arm, seed, nearest + 1, steps, pseudo)
     c.data.train = str(folder)
     facts = dict(seed=seed, steps=nearest + 1, scored=int(scored[nearest]), target=target)
-    print(arm, facts | dict(tasks=tasks), file=sys.stderr, flush=True)
-    return config.from_config_dict(c), facts | dict(tasks=tasks)
+    facts |= dict(tasks=tasks)
+    if pseudo:
+        annotated = json.loads((pathlib.Path(pseudo) / "report.json").read_text())
+        facts["pseudo"] = {name: annotated[name] for name in ("outcomes", "documents", "overlap")}
+    print(arm, facts, file=sys.stderr, flush=True)
+    return config.from_config_dict(c), facts
 
 
 # ---- measures ----
@@ -339,8 +358,18 @@ def measured(work: pathlib.Path, arm: str, seed: int, m: Measures, args: Any) ->
 # ---- the program ----
 
 
-def collect(m: Measures, runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Return each arm's cells and statistics."""
+def density(work: pathlib.Path, arm: str, seed: int, documents: int) -> dict[str, float]:
+    """Return the images of an arm's records, and the documents and tasks of an image."""
+    make = pseudo_records if arm == "pseudo" else functools.partial(records_of, arm=arm)
+    stats = report.image_stats(open_records(make(work=work, seed=seed, documents=documents)))
+    # Verbatim: part of the data.
+    return dict(images=stats["pictures"], entries=stats["entries"], tasks=stats["tasks"])
+
+
+def collect(
+    m: Measures, runs: Mapping[str, list[dict[str, Any]]], work: pathlib.Path, documents: int
+) -> dict[str, dict[str, Any]]:
+    """Return each arm's cells, statistics, and what it trained on."""
     documents = m.held_out.records.read(range(len(m.held_out.records)))
     of_document = {d.id: (d.task, d.group) for d in documents}
     of_item = {item.id: (item.family, item.group) for item in m.eval_set.items}
@@ -350,8 +379,8 @@ def collect(m: Measures, runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, 
             accuracy=results.cells([of_seed["accuracy"] for of_seed in seeds], of_item),
             probe=[of_seed["probe"] for of_seed in seeds],
             batch=[of_seed["batch"] for of_seed in seeds],
-            runs=[{k: s[k] for k in ("seed", "steps", "scored", "target", "tasks", "seconds")}
-                  for s in seeds],
+            runs=[{name: value for name, value in of_seed.items() if name not in MEASURED}
+                  | density(work, arm, of_seed["seed"], documents) for of_seed in seeds],
         )
         for arm, seeds in runs.items()
     }  # fmt: skip
@@ -377,13 +406,13 @@ def main(argv: list[str] | None = None) -> int:
     cli.use_compile_cache(str(work / "compiled"))
     load, m = os.getloadavg(), measures(work)
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    for seed in range(args.seeds):
-        for arm in arms:
+    for arm in arms:
+        for seed in range(args.seeds):
             runs[arm].append(measured(work, arm, seed, m, args))
     for group in (("dmax", "imax"), tuple(f"entries_{n}" for n in results.ENTRIES)):
         counts = [seed["tasks"] for arm in group for seed in runs.get(arm, [])]
         assert all(tasks == counts[0] for tasks in counts), counts  # equal documents of each task
-    found = collect(m, runs)
+    found = collect(m, runs, work, args.documents)
     result = dict(
         summary=results.summary(found), arms=found, seeds=args.seeds, steps=args.steps,
         documents=args.documents, held_out=len(m.held_out.records),

@@ -9,7 +9,8 @@
                change when entries double, at equal tokens. It may have either sign; the laws of
                medmax_jax.scaling cannot rise, and have as many parameters as there are points
 
-`python benchmarks/imax_results.py FILE.json` prints the tables of a result.
+`python benchmarks/imax_results.py RESULTS.json [PAGE.md]` prints the tables of a result, or writes
+them to a page in place of its tables with the same columns.
 """
 
 import json
@@ -171,43 +172,60 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tables of the page by name."""
-    parts = found["summary"]
-    names = list(dict.fromkeys(row["name"] for row in parts["nll"]))
-    by = {(row["contrast"], row["name"]): row for row in parts["nll"]}
+    """Return the tables of the page by name; empty without the arms of one."""
+    parts, arms = found["summary"], found["arms"]
     pairs = list(dict.fromkeys(row["contrast"] for row in parts["nll"]))
-    nll = [[pair, *(cell(by[pair, name], "diff") for name in names[:1])] for pair in pairs]
-    accuracy = {(row["contrast"], row["name"]): row for row in parts["accuracy"]}
-    for line, pair in zip(nll, pairs, strict=True):
-        line.append(cell(accuracy[pair, "all"], "diff"))
-    families = [
-        [name, *(cell(by[pair, name], "diff") for pair in pairs if pair in SHOWN)] for name in names
-    ]
-    entries = [
-        [row["name"], *(f"{mean:.3f}" for mean in row["means"]), cell(row, "slope", 4)]
-        for row in parts["slopes"]
-    ]
+    by = {(n, row["contrast"], row["name"]): row for n in ("nll", "accuracy") for row in parts[n]}
+    families = list(dict.fromkeys(row["name"] for row in parts["nll"]))
     last = max((row["point"] for row in parts["probe"]), default=0)
-    statistics = []
-    for pair in pairs:
-        line = [pair]
-        for part in ("probe", "batch"):
-            for name in STATISTICS:
-                line += [
-                    cell(row, "diff")
-                    for row in parts[part]
-                    if (row["contrast"], row["name"], row["point"]) == (pair, name, last)
-                ]
-        statistics.append(line)
-    shown = [pair for pair in pairs if pair in SHOWN]
+    ends = {(n, row["contrast"], row["name"]): row for n in ("probe", "batch")
+            for row in parts[n] if row["point"] == last}  # fmt: skip
+    minutes = sum(sum(run["seconds"]) for arm in arms.values() for run in arm["runs"]) / 60
     return dict(
-        contrasts=table(("arms", "NLL, all families", "accuracy"), nll),
-        families=table(("family", *shown), families),
-        entries=table(("family", *(f"{n}" for n in ENTRIES), "slope"), entries) if entries else "",
-        statistics=table(
-            ("arms", "SE, probe", "rho, probe", "SE, own batches", "rho, own batches"), statistics
+        facts=table(
+            ("seeds", "held-out documents", "their groups", "items asked", "intervals",
+             "of these exclude 0", "minutes of all runs"),
+            [[str(found[name]) for name in ("seeds", "held_out", "groups", "items")]
+             + [str(parts[name]) for name in ("intervals", "excluding_zero")]
+             + [f"{minutes:.0f}"]],
         ),
-    )
+        arms=table(
+            ("arm", "images", "documents per image", "tasks per image", "steps", "scored tokens",
+             "NLL", "accuracy"),
+            [[name, *_trained(arm["runs"]), *(f"{np.mean(arm[measure]['all']):.3f}"
+              for measure in ("nll", "accuracy"))] for name, arm in arms.items()],
+        ),
+        contrasts=table(
+            ("difference", "NLL, all families", "accuracy"),
+            [[pair, *(cell(by[measure, pair, "all"], "diff") for measure in ("nll", "accuracy"))]
+             for pair in pairs],
+        ),
+        families=table(
+            ("NLL by family", *SHOWN),
+            [[name, *(cell(by["nll", pair, name], "diff") if pair in pairs else ""
+              for pair in SHOWN)] for name in families],
+        ),
+        entries=table(
+            ("NLL by family", *(f"{n}" for n in ENTRIES), "slope"),
+            [[row["name"], *(f"{mean:.3f}" for mean in row["means"]), cell(row, "slope")]
+             for row in parts["slopes"]],
+        ) if parts["slopes"] else "",
+        statistics=table(
+            ("difference", "SE, probe", "rho, probe", "SE, own steps", "rho, own steps"),
+            [[pair, *(cell(ends[part, pair, name], "diff")
+              for part in ("probe", "batch") for name in STATISTICS)] for pair in pairs],
+        ),
+    )  # fmt: skip
+
+
+def _trained(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the cells of what the runs of an arm trained on; ranges over seeds."""
+    cells = []
+    for name, form in (("images", "{}"), ("entries", "{:.2f}"), ("tasks", "{:.2f}"),
+                       ("steps", "{}"), ("scored", "{:,}")):  # fmt: skip
+        ends = dict.fromkeys(form.format(end(run[name] for run in runs)) for end in (min, max))
+        cells.append(" to ".join(ends))
+    return cells
 
 
 SHOWN = ("imax - dmax", "pseudo - dmax")  # contrasts whose families are in a table
@@ -248,7 +266,24 @@ def chart(found: Mapping[str, Any], path: pathlib.Path) -> None:
     charts.save(figure, path)
 
 
+def with_tables(page: str, found: Mapping[str, Any]) -> str:
+    """Return a page with the tables of a result in place of those with the same head."""
+    lines = page.splitlines()
+    for text in filter(None, tables(found).values()):
+        new = text.splitlines()
+        start = lines.index(new[0])
+        end = next(
+            (n for n in range(start, len(lines)) if not lines[n].startswith("|")), len(lines)
+        )
+        lines[start:end] = new
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     result = json.loads(pathlib.Path(sys.argv[1]).read_text())
-    for title, text in tables(result).items():
-        print(f"{title}\n\n{text}\n")
+    if sys.argv[2:]:
+        written = pathlib.Path(sys.argv[2])
+        written.write_text(with_tables(written.read_text(), result))
+    else:
+        for title, text in tables(result).items():
+            print(f"{title}\n\n{text}\n")

@@ -55,8 +55,6 @@ def read_answer(question: Question, reply: str | None, tokenizer: Tokenizer | No
     text = (reasoning.final_answer(reply) or "").replace("\r\n", "\n").strip()
     if not text or _BAD_CHARACTERS.search(text):
         return ""
-    if tokenizer is not None and not _is_text(text, kind.max_tokens, tokenizer):
-        return ""
     match question.kind:
         case "closed":
             word = re.match(r"(yes|no)\b", text, re.IGNORECASE)
@@ -70,7 +68,8 @@ def read_answer(question: Question, reply: str | None, tokenizer: Tokenizer | No
         case "location":
             side = re.search(r"\b(left|right)\b", text, re.IGNORECASE)
             return side[1].lower() if side else ""
-    return text
+    complete = tokenizer is None or _is_text(text, kind.max_tokens, tokenizer)
+    return text if complete else ""
 
 
 def _is_text(text: str, max_tokens: int, tokenizer: Tokenizer) -> bool:
