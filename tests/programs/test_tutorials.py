@@ -111,7 +111,9 @@ def test_a_tutorial_runs_with_smaller_sizes(page, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["laptop", "tpu_7b", "scaling_study", "own_benchmark"])
+@pytest.mark.parametrize(
+    "page", ["laptop", "tpu_7b", "scaling_study", "own_benchmark", "dense_mixture"]
+)
 def test_a_tutorial_runs_as_written(page, tmp_path):
     run_page(page, tmp_path)
 
