@@ -19,6 +19,7 @@ their sum is made 1 again.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -45,13 +46,10 @@ def train_batches(run: Run, folder: str) -> "BatchLoader | StagedLoader":
     """Return the training batches: `run.train.steps` batches, over as many epochs as they need."""
     if not run.stages:
         return BatchLoader(run, folder, one_pass=False)
-    opened: dict[str, reader.Records] = {}  # the folder of several stages is opened once
+    opened = functools.cache(reader.open_records)  # the folder of several stages is opened once
 
     def load(part: Run, own: str) -> BatchLoader:
-        path = own or folder
-        if path not in opened:
-            opened[path] = reader.open_records(path)
-        return BatchLoader(part, path, opened[path], one_pass=False)
+        return BatchLoader(part, own or folder, opened(own or folder), one_pass=False)
 
     return StagedLoader(run, load)
 
