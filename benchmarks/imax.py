@@ -201,7 +201,8 @@ def run_of(work: pathlib.Path, arm: str, seed: int, args: Any) -> tuple[config.R
     more = steps + steps // 3 + 8
     longer = config.from_config_dict(settings_of(arm, seed, more, steps, pseudo))
     scored = scored_tokens(longer, folder)
-    nearest = int(np.argmin(np.abs(scored - target)))
+    earlier = steps // 2 + steps // 3 if arm in STAGED else 0  # of all stages but the last
+    nearest = earlier + int(np.argmin(np.abs(scored[earlier:] - target)))
     share = scored[nearest] / target
     assert abs(share - 1) < 1 / steps, (arm, share)  # within the tokens of a step
     tasks = open_records(folder).meta["tasks"]
