@@ -18,6 +18,8 @@ python -m data.prepare plan D --seq_len N [--row 17] [--save F.npz]    how full 
     documents of one row; plan F.npz [--row 17] reads a saved plan; plan D --config C, of a run
 python -m data.prepare densify POOL --out D --documents N       the same tasks on few images, and
 python -m data.prepare decentralize POOL --out D2 --like D      on many: data/image_density.py
+python -m data.prepare pseudo R --model M --out D     answers of a model to the missing kinds of
+    each image: data/annotation/cli.py
 python -m data.prepare who_saw HASH --in FOLDER ..    shards, plans, runs, checkpoints of an image
 
 Inputs may be published files: hf://ORG/NAME[@REVISION][/FILE], hf://datasets/ORG/NAME/..
@@ -28,7 +30,7 @@ Inputs may be published files: hf://ORG/NAME[@REVISION][/FILE], hf://datasets/OR
 The documents of an image are assigned to its views in turn. An image for which a crop could make
 facts untrue (a count, a marked lesion) is never cropped. Exit codes: 0 done, 1 failed, 2 wrong
 usage, 75 interrupted: rerun the same command. A folder of records is written atomically, so the
-command starts again; `instruct` resumes.
+command starts again; `instruct` and `pseudo` resume.
 """
 
 import argparse
@@ -55,6 +57,7 @@ from medmax_jax.config import ConfigError
 from medmax_jax.data import image_density
 from medmax_jax.data.analysis import check as record_check
 from medmax_jax.data.analysis import provenance, stats
+from medmax_jax.data.annotation import cli as annotation_cli
 from medmax_jax.data.image_tokens import dicom, document_codes, store
 from medmax_jax.data.image_tokens.document_codes import (
     Files,
@@ -106,6 +109,7 @@ ERRORS = (
     *(egress.OutgoingError, image_paths.ImagePathError),
     *(pack.PackError, train_rows.PublishedError, archives.ArchiveError, SourceError),
     *cli.ERRORS,
+    *annotation_cli.ERRORS,
 )
 
 
@@ -445,6 +449,7 @@ def _parser() -> arguments.Parser:
     plan = report.add(commands)
     provenance.add(commands)
     image_density.add(commands)
+    annotation_cli.add(commands, TINY)
     for command in (check, count):
         command.add_argument("folder", type=arguments.folder, help="folder of records")
     plan.add_argument("folder", type=arguments.folder, help="folder of records, or a saved plan")

@@ -1,0 +1,1 @@
+"""Add documents to records whose answers a model generated, and that pass three filters."""
