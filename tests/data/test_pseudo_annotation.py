@@ -186,7 +186,7 @@ def test_names_of_control_tokens_never_reach_a_document(tokenizer):
         ("VQA", "Which modality is this?", "ultrasound", "open", {"ultrasound"}),
         ("VQA", "How many nuclei are shown?", "12", "count", set()),
         ("VQA", "Where is the lesion?", "in the left lung on CT", "location", {"CT"}),
-        ("Image Captioning", "Please describe this picture.", "A chest X-ray.", "caption",
+        ("Image Captioning", "Describe it.", "A chest X-ray.", "caption",
          {"X-ray"}),
         ("Image Generation", "Generate an axial CT.", "", "generation", {"CT"}),
         ("Visual Chat", "What is it?", "A CT, unlike an MRI.", "", set()),  # two that exclude
@@ -426,7 +426,7 @@ def test_the_folder_has_all_records_and_the_kept_documents(run, folder, tokenize
     texts = {d.id.split("/")[1]: text_of(d, tokenizer) for d in added}
     assert texts["generation"].startswith("Generate an image. The image ")
     assert texts["generation"].endswith("<reserved08706><image>")
-    assert texts["caption"].startswith("<image>Please describe this picture.<reserved08706>The ")
+    assert texts["caption"].startswith(f"<image>{kinds.DESCRIBE['caption']}<reserved08706>The ")
     assert report["per_image"]["before"]["tasks"] == 1 < report["per_image"]["after"]["tasks"]
     assert report["per_image"]["IMAX (published)"] == dict(tasks=4.1, entries=7.46)
 
