@@ -7,6 +7,7 @@ python -m data.prepare pseudo R --endpoint NAME@URL --min_margin off --out P
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from medmax_jax import arguments, cli
-from medmax_jax.data.analysis import check, near_duplicates
+from medmax_jax.data.analysis import check
 from medmax_jax.data.annotation import annotate, evidence, overlap, page
 from medmax_jax.data.annotation.annotate import OUTCOMES, Caps, Verdict
 from medmax_jax.data.annotation.filters import Thresholds
@@ -45,7 +45,7 @@ from medmax_jax.endpoints.chat_api import (
 )
 from medmax_jax.environment import environment
 from medmax_jax.generation.requests import GenerateError
-from medmax_jax.io import journal
+from medmax_jax.io import html_page, journal
 from medmax_jax.io.text_files import TextFileError, parse_json, read_json_object
 from medmax_jax.models import images as image_files
 from medmax_jax.models.image_headers import ImageError
@@ -105,7 +105,7 @@ def add(commands: Any, tiny: Path) -> argparse.ArgumentParser:
         "repeated; default: the embedded test split",
     )  # fmt: skip
     add_flag("--eval_images", type=Path, help="folder of the images of an items.jsonl")
-    add_flag("--images", type=Path, help="folder of the images, to send them to the endpoint")
+    add_flag("--images", type=Path, help="folder of the images, which an endpoint requires")
     add_flag("--seed", type=int, default=0, help="seed of questions, samples and distractors")
     add_flag("--rows", type=_count, default=32, help="answers that are generated at once")
     _add_endpoint_flags(add_flag)
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             tokenizer=encoder.tokenizer,
             samples=args.samples,
             seed=args.seed,
-            prompt_of=_prompt_maker(images, records, encoder, args.images),
+            prompt_of=_prompt_maker(images, records, args.images),
             progress=log.info,
             stopped=lambda: bool(stop.requested),
         )
@@ -189,6 +189,11 @@ def _check_flags(args: argparse.Namespace) -> Endpoint | None:
         raise PrepareError(
             "--endpoint: an endpoint returns no likelihoods, so the margin over distractors cannot "
             "be measured; set --min_margin off to keep answers without this filter"
+        )
+    if args.images is None or not args.images.is_dir():
+        raise PrepareError(
+            f"--endpoint: the images are sent from their files, but --images is {args.images}; set "
+            "it to the folder of the images"
         )
     name, url = args.endpoint
     return Endpoint(
@@ -275,16 +280,17 @@ def _check_same(
 
 
 def _prompt_maker(
-    images: Sequence[ImageFacts], records: Records, encoder: Encoder, folder: Path | None
+    images: Sequence[ImageFacts], records: Records, folder: Path | None
 ) -> Callable[[Question, evidence.Order], Prompt]:
     """Return a function that makes the prompt of a question in one order."""
 
-    def load(image: ImageFacts, codes: np.ndarray) -> PIL.Image.Image:
-        if folder is None:
-            return PIL.Image.fromarray(next(near_duplicates.decode_codes(encoder, [codes])))
-        secret = egress.is_credentialed(image.credential)
-        file = image_paths.resolve(folder, image.path, label=image.name if secret else "")
-        return image_files.load(file, max_pixels=image_files.MAX_PIXELS, name=file.name)
+    @functools.lru_cache(maxsize=2 * evidence.BATCH)
+    def png(number: int) -> bytes:
+        image = images[number]
+        label = image.name if egress.is_credentialed(image.credential) else image.path
+        file = image_paths.resolve(folder, image.path, label=label)
+        pixels = image_files.load(file, max_pixels=image_files.MAX_PIXELS, name=label)
+        return html_page.png(pixels)  # the pixels only: a file's metadata stays here
 
     def make(question: Question, order: evidence.Order) -> Prompt:
         image = images[question.image]
@@ -296,7 +302,7 @@ def _prompt_maker(
             text=order.text,
             image_first=order.image_first,
             codes=codes,
-            image=lambda: load(image, codes),
+            png=lambda: png(question.image),
             credential=image.credential,
         )
 

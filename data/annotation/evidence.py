@@ -100,9 +100,10 @@ def _stage(
                 raise Interrupted(f"{STOPPED}: {len(questions) - len(lines)} questions are left")
             results = zip(batch, ask(batch), new, strict=True)
             added = [{"id": q.id} | line for q, line, is_new in results if is_new and line]
-            journal.append(*added)
-            lines |= {line["id"]: line for line in added}
-            clock.tick(name.removesuffix(".jsonl"), len(added))
+            if added:
+                journal.append(*added)
+                lines |= {line["id"]: line for line in added}
+                clock.tick(name.removesuffix(".jsonl"), len(added))
     lines = {q.id: lines[q.id] for q in questions if q.id in lines}
     if left := len(questions) - len(lines):
         raise Interrupted(

@@ -11,14 +11,12 @@ reply this time; the question is then asked again by the next run.
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from medmax_jax.checkpoints import export
 from medmax_jax.config import Sample
@@ -45,7 +43,7 @@ class Prompt:
     text: str
     image_first: bool
     codes: np.ndarray
-    image: Callable[[], PIL.Image.Image]  # read only if it is sent to an endpoint
+    png: Callable[[], bytes]  # of the image's file, read only if it is sent to an endpoint
     credential: str
 
 
@@ -195,10 +193,8 @@ class EndpointGenerator:
 
 
 def _request(prompt: Prompt, name: str) -> cached_chat_api.ChatRequest:
-    buffer = io.BytesIO()
-    prompt.image().save(buffer, "PNG")  # the pixels only: a file's metadata stays here
     text = "\n".join(filter(None, [prompt.text, KINDS[prompt.question.kind].request]))
-    parts = [image_part(buffer.getvalue()), text_part(text)]
+    parts = [image_part(prompt.png()), text_part(text)]
     return cached_chat_api.ChatRequest(
         id=name,
         messages=[{"role": "user", "content": parts if prompt.image_first else parts[::-1]}],
