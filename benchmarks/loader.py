@@ -183,7 +183,7 @@ def planned() -> dict:
             plan = pack.plan(short, seq_len=seq_len, pack=True, seed=0, epoch=epoch)
         seconds = time.monotonic() - start
         images = np.arange(len(short)) // 2
-        windows = mixing.group_by_image(np.arange(len(short)), images, seed=0, epoch=0)
+        windows = mixing.group_by_image(np.arange(len(short)), images, size=256, seed=0, epoch=0)
         image_centric = pack.plan(
             short, seq_len=seq_len, pack=True, seed=0, epoch=0, windows=windows
         )

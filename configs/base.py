@@ -31,7 +31,9 @@ def get_config() -> ConfigDict:
             unit="documents",
             weights="",
             image_centric=False,
+            image_window=256,  # two steps of 8 rows of 16,384 tokens: larger windows pack better
             leave_out="",
+            pseudo=True,  # of records that have documents with a generated answer
             fraction=1.0,
             fraction_seed=0,
         )
@@ -49,7 +51,7 @@ def get_config() -> ConfigDict:
             compile="default",
             log_every=10,
             eval_every=500,
-            fisher_every=0,  # spectrum of the gradients of single documents: training/fisher.py
+            fisher_every=0,  # spectrum of single documents' gradients; the log states its cost
             samples=0,
             checkpoint_every=500,
             keep=2,
@@ -119,7 +121,7 @@ def _model_config() -> ConfigDict:
         )
     )
     config.loss = ConfigDict(  # as released: no factors, no z-loss
-        dict(weights=dict(text=1.0, image=1.0, tasks=""), z=dict(text=0.0, image=0.0))
+        dict(weights=dict(text=1.0, image=1.0, tasks="", pseudo=1.0), z=dict(text=0.0, image=0.0))
     )
     config.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))  # MedMax training/train.py
     config.mesh = ConfigDict(dict(data=1, fsdp=1, tp=1))

@@ -1,7 +1,7 @@
 """Rearrange records by image: the same tasks on few images (IMAX) or on many (DMAX).
 
-python -m data.prepare densify POOL --out IMAX (--documents N | --like D) [--seed S]
-python -m data.prepare decentralize POOL --out DMAX --like IMAX [--seed S]
+python -m data.prepare densify POOL --out IMAX (--documents N | --like D) [--entries E] [--seed S]
+python -m data.prepare decentralize POOL --out DMAX --like IMAX [--entries E] [--seed S]
 
     image      a          b          c          d            VQA = v, Caption = c, Report = r
     POOL       v v c r    v c        c r        v
@@ -16,16 +16,31 @@ to us. A folder of records is one split, so no patient gets into another split.
 The selection is greedy. `densify` takes the image with the most tasks that are still needed, then
 the one with the most documents. `decentralize` gives each image the task that is scarcest: the
 greatest share of the documents left of which is needed.
+
+With --entries E each selected image has exactly E documents; for `decentralize`, the last image of
+a task may have fewer. Which images and documents these are is drawn by the seed:
+
+    densify       the first images of the drawn order that have E documents, with as many tasks
+                  per image as the counts allow; so if all images have enough, those of E = 8 are
+                  among those of E = 4, and E alone decides how many images there are
+    decentralize  the images that a maximum flow gives each task
+
+Of these images a selection is found if there is one: a flow, or a linear program whose vertices
+are integers.
 """
 
 import argparse
+import functools
 import heapq
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from jaxtyping import Int
+from scipy import optimize
+from scipy.sparse import csgraph
 
 from medmax_jax import arguments
 from medmax_jax.data.packing.report import IMAX_PER_IMAGE, image_stats
@@ -111,6 +126,145 @@ def decentralize(
     return _complete(chosen, need, left)
 
 
+def densify_by_entries(
+    image: Int[np.ndarray, "n"],
+    task: Int[np.ndarray, "n"],
+    need: Int[np.ndarray, "K"],
+    *,
+    entries: int,
+    seed: int,
+) -> Int[np.ndarray, "m"]:
+    """Return documents of need.sum() / entries images, `entries` of each, need[t] of each task t.
+
+    The images are the first of the drawn order; where these have too few documents of a task,
+    images that have it come first.
+
+    Raises:
+        RecordsError: the pool has too few images with as many documents, or too few documents of a
+            task on them; or `entries` does not divide the need.
+    """
+    images, left_over = divmod(int(need.sum()), entries)
+    if not need.any():
+        return np.zeros(0, np.int64)
+    if left_over:
+        raise RecordsError(
+            f"{need.sum():,} documents cannot have {entries} on each image; use a multiple, such "
+            f"as {images * entries:,} or {(images + 1) * entries:,}"
+        )
+    available, of_place = _drawn_documents(image, task, need, seed)
+    drawn = np.flatnonzero(np.minimum(available, need).sum(1) >= entries)
+    if len(drawn) < images:
+        raise RecordsError(
+            f"{images:,} images with {entries} documents of the needed tasks are needed, but only "
+            f"{len(drawn):,} have as many, for at most {len(drawn) * entries:,} documents"
+        )
+    scarce: list[int] = []  # tasks of which the first images have too few documents
+    while True:
+        first = np.argsort(-(available[drawn][:, scarce] > 0).sum(1), kind="stable")[:images]
+        chosen = np.sort(drawn[first])
+        left = need - _flow(available[chosen], np.full(images, entries), need).sum(0)
+        if not left.any():
+            return _take(of_place, chosen, _most_tasks(available[chosen], entries, need))
+        missing = int(np.argmax(left))
+        if missing in scarce:
+            _complete([], need, left)
+        scarce.append(missing)
+
+
+def decentralize_by_entries(
+    image: Int[np.ndarray, "n"],
+    task: Int[np.ndarray, "n"],
+    need: Int[np.ndarray, "K"],
+    *,
+    entries: int,
+    seed: int,
+) -> Int[np.ndarray, "m"]:
+    """Return documents such that each image has `entries` of one task; need[t] of each task t.
+
+    The last image of a task has the rest of its need.
+
+    Raises:
+        RecordsError: there are too few images with as many documents.
+    """
+    available, of_place = _drawn_documents(image, task, need, seed)
+    images = -(-need // entries)  # of each task
+    flow = _flow((available >= entries).astype(int), np.ones(len(available), int), images)
+    taken, left = np.zeros_like(available), need.copy()
+    for place, t in np.argwhere(flow):
+        taken[place, t] = min(entries, left[t])
+        left[t] -= taken[place, t]
+    _complete([], need, left)
+    return _take(of_place, np.arange(len(available)), taken)
+
+
+def _drawn_documents(
+    image: Int[np.ndarray, "n"], task: Int[np.ndarray, "n"], need: Int[np.ndarray, "K"], seed: int
+) -> tuple[Int[np.ndarray, "i K"], list[dict[int, list[int]]]]:
+    """Return images in a drawn order: documents of each task, their number and they themselves."""
+    rng, of_image = np.random.default_rng(seed), _documents_by_image(image, task)
+    of_place = [
+        {t: rng.permutation(documents).tolist() for t, documents in sorted(of_image[n].items())}
+        for n in rng.permutation(len(of_image))
+    ]
+    available = np.zeros((len(of_place), len(need)), np.int64)
+    for place, tasks in enumerate(of_place):
+        for t, documents in tasks.items():
+            available[place, t] = len(documents)
+    return available, of_place
+
+
+def _flow(
+    limits: Int[np.ndarray, "i K"], of_image: Int[np.ndarray, "i"], need: Int[np.ndarray, "K"]
+) -> Int[np.ndarray, "i K"]:
+    """Return a maximum flow from images to tasks: at most `limits`, and these sums of each side."""
+    count, tasks = limits.shape
+    capacity = scipy.sparse.lil_array((count + tasks + 2,) * 2, dtype=np.int32)
+    capacity[-2, :count] = of_image
+    capacity[:count, count:-2] = limits
+    capacity[count:-2, -1] = need[:, None]
+    found = csgraph.maximum_flow(capacity.tocsr(), count + tasks, count + tasks + 1).flow
+    return np.maximum(found[:count, count:-2].toarray(), 0)
+
+
+def _most_tasks(
+    available: Int[np.ndarray, "i K"], entries: int, need: Int[np.ndarray, "K"]
+) -> Int[np.ndarray, "i K"]:
+    """Return the numbers of documents with the most pairs of an image and a task of it.
+
+    The first document of a pair is a variable of its own, and the sum of these is maximized.
+    """
+    rows, tasks = np.nonzero(available)
+    pairs, sums = np.arange(len(rows)), (sum(available.shape), len(rows))
+    of_image = scipy.sparse.coo_array((np.ones(len(rows)), (rows, pairs)), shape=sums)
+    of_task = scipy.sparse.coo_array(
+        (np.ones(len(rows)), (len(available) + tasks, pairs)), shape=sums
+    )
+    both = of_image + of_task
+    most = np.append(np.ones(len(rows)), available[rows, tasks] - 1)
+    found = optimize.linprog(
+        -np.repeat([1.0, 0.0], len(rows)),
+        A_eq=scipy.sparse.hstack([both, both]),
+        b_eq=np.append(np.full(len(available), entries), need),
+        bounds=np.stack([np.zeros_like(most), most], axis=1),
+        method="highs-ds",
+    )
+    taken = np.zeros_like(available)
+    taken[rows, tasks] = np.rint(found.x.reshape(2, -1).sum(0))
+    return taken
+
+
+def _take(
+    of_place: list[dict[int, list[int]]],
+    places: Int[np.ndarray, "i"],
+    taken: Int[np.ndarray, "i K"],
+) -> Int[np.ndarray, "m"]:
+    """Return the first documents of each task of each place, as many as `taken` has."""
+    chosen: list[int] = []
+    for row, t in np.argwhere(taken):
+        chosen += of_place[places[row]][int(t)][: taken[row, t]]
+    return np.sort(np.array(chosen, np.int64))
+
+
 def task_counts(records: Records, names: list[str]) -> Int[np.ndarray, "K"]:
     """Return the number of documents with an image of each task; `names` must hold all tasks."""
     own = records.names("task")
@@ -161,6 +315,7 @@ def _complete(
 # ---- The command line ----
 
 SELECTIONS = {"densify": densify, "decentralize": decentralize}
+BY_ENTRIES = {"densify": densify_by_entries, "decentralize": decentralize_by_entries}
 
 
 def add(commands: Any) -> None:
@@ -180,6 +335,10 @@ def add(commands: Any) -> None:
         size.add_argument(
             "--documents", type=int, metavar="N",
             help="number of documents, divided into tasks like the pool",
+        )  # fmt: skip
+        command.add_argument(
+            "--entries", type=int, metavar="E",
+            help="documents of each selected image; without it, as many as the image has",
         )  # fmt: skip
         command.add_argument("--seed", type=int, default=0, help="order of equally good images")
         command.set_defaults(run=_run, selection=name)
@@ -202,13 +361,19 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     if not need.any():
         raise RecordsError(f"{args.like}: no document has an image; select from other records")
     image, task = (np.asarray(pool.index[label]) for label in ("image_path", "task"))
+    select = SELECTIONS[args.selection]
+    if args.entries is not None:
+        if args.entries < 1:
+            raise RecordsError(f"--entries is {args.entries}; it must be at least 1")
+        select = functools.partial(BY_ENTRIES[args.selection], entries=args.entries)
+        size |= dict(entries=args.entries)
     try:
-        chosen = SELECTIONS[args.selection](image, task, need, seed=args.seed)
+        chosen = select(image, task, need, seed=args.seed)
     except RecordsError as error:
         tasks = ", ".join(f"{n} {name}" for n, name in enumerate(names))
         raise RecordsError(
-            f"{args.folder}: {error} ({tasks}); use a smaller --documents or --like, or a larger "
-            "pool"
+            f"{args.folder}: {error} ({tasks}); use another --documents or --like"
+            f"{', a smaller --entries' if args.entries else ''}, or a larger pool"
         ) from error
     selection = dict(kind=args.selection, pool=pool.fingerprint, seed=args.seed) | size
     meta = writer.write(

@@ -19,6 +19,7 @@ their sum is made 1 again.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -45,8 +46,12 @@ def train_batches(run: Run, folder: str) -> "BatchLoader | StagedLoader":
     """Return the training batches: `run.train.steps` batches, over as many epochs as they need."""
     if not run.stages:
         return BatchLoader(run, folder, one_pass=False)
-    records = reader.open_records(folder)
-    return StagedLoader(run, lambda part: BatchLoader(part, folder, records, one_pass=False))
+    opened = functools.cache(reader.open_records)  # the folder of several stages is opened once
+
+    def load(part: Run, own: str) -> BatchLoader:
+        return BatchLoader(part, own or folder, opened(own or folder), one_pass=False)
+
+    return StagedLoader(run, load)
 
 
 def eval_batches(run: Run, folder: str) -> "BatchLoader":
@@ -71,7 +76,7 @@ class BatchLoader:
         self._run = run
         self._host = jax.process_index() if host is None else host
         self._hosts = jax.process_count() if hosts is None else hosts
-        self._check()
+        self._check(one_pass)
         self._mixing = run.mixing
         if one_pass:  # each held-out document once and complete, whatever training draws or weighs
             self._mixing = dataclasses.replace(run.mixing, weights="", leave_out="", fraction=1.0)
@@ -81,6 +86,7 @@ class BatchLoader:
         self._set_task_weights()
         self._epochs = mixing.epochs(self.records, run.data, self._mixing)
         self.plan = self._epochs.first.fingerprint  # of epoch 0
+        self.plans = [self.plan]
         if run.data.plan not in ("", self.plan) and not one_pass:
             raise RecordsError(
                 f"config.data.plan is {run.data.plan}, but these records and settings give plan "
@@ -89,6 +95,7 @@ class BatchLoader:
         self._last = len(self._epochs.first) if one_pass else None
         # (source, task) of each kind; the kind of each document
         self.kinds, self._kind = _kinds(self.records)
+        self.available = run.train.steps
         steps = -(-self._last // run.data.batch_size) if one_pass else run.train.steps
         self._steps = grain.MapDataset.range(0, steps).map(self._make)
 
@@ -142,6 +149,19 @@ class BatchLoader:
             for d in self.records.read(self._documents(self._in_range(step)))
         ]
 
+    def use_kinds(self, kinds: list[tuple[str, str]]) -> None:
+        """Set the numbers of kinds to those in `kinds`, which has all kinds of this loader."""
+        self._kind = np.array([kinds.index(kind) for kind in self.kinds], np.int32)[self._kind]
+        self.kinds = kinds
+
+    def records_of_stages(self) -> list[reader.Records]:
+        """Return the records of each stage that can be loaded; a run without stages is one."""
+        return [self.records]
+
+    def records_at(self, step: int) -> reader.Records:
+        """Return the records that the numbers of a step's documents refer to."""
+        return self.records
+
     def epoch_tokens(self) -> int:
         """Return the tokens of the documents that this run may draw, each counted once."""
         documents = mixing.eligible_documents(self.records, self._run.data, self._mixing)
@@ -186,7 +206,7 @@ class BatchLoader:
                 self.records.read(numbers),
                 streams.tolist(),
                 self._kind[numbers],
-                self._task_weight[self.records.index["task"][numbers]],
+                self._document_weight(numbers),
                 strict=True,
             )
         ]
@@ -216,7 +236,13 @@ class BatchLoader:
         sums = weights.text * (scored - image) + weights.image * image
         if run.train.loss_weight == "document":
             sums = sums / np.maximum(scored, 1)
-        return self._task_weight[self.records.index["task"][documents]] * sums
+        return self._document_weight(documents) * sums
+
+    def _document_weight(self, documents: np.ndarray) -> Float[np.ndarray, "n"]:
+        """Return the factor of all targets of each document: of its task, and of pseudo ones."""
+        index = self.records.index
+        pseudo = np.where(index["pseudo"][documents] == 1, self._run.loss.weights.pseudo, 1.0)
+        return self._task_weight[index["task"][documents]] * pseudo
 
     def _set_task_weights(self) -> None:
         """Set the factor of each task; raise RecordsError if the weights train no document."""
@@ -241,8 +267,13 @@ class BatchLoader:
             raise IndexError(f"step {step} of {len(self)}; increase train.steps to continue")
         return step
 
-    def _check(self) -> None:
+    def _check(self, held_out: bool) -> None:
         run, layout, folder = self._run, self.records.layout, self.records.folder
+        if held_out and (count := self.records.meta.get("pseudo", 0)):
+            raise RecordsError(
+                f"config.data.validation is {folder}, in which a model generated the answers of "
+                f"{count} documents; a held-out loss is one of real answers: use other records"
+            )
         if layout.vocab != run.vocab:
             raise RecordsError(
                 f"{folder}: vocabulary is {layout.vocab}, but config.vocab is {run.vocab}; prepare "
@@ -285,7 +316,7 @@ class TrainedDocument(NamedTuple):
     tokens: np.ndarray
     scored: np.ndarray
     kind: int
-    weight: float  # of its task
+    weight: float  # of its task, and of a generated answer
 
 
 def _batch(rows: list[list[TrainedDocument]], stats: BatchStats, run: Run) -> Batch:

@@ -5,8 +5,9 @@ The mask itself is made by `loss_mask` in data/records/document.py.
     document   the mean of each document's mean: a task weighs as many documents as it has
     token      the mean over scored tokens: it weighs as many tokens as its answers have
 
---text, --image and --tasks are config.loss.weights: factors of these weights, whose sum is then
-made 1 again. Without them the factors are 1.
+--text, --image, --tasks and --pseudo are config.loss.weights: factors of these weights, whose sum
+is then made 1 again. Without them the factors are 1. --pseudo 0 gives the shares of a run with
+mixing.pseudo = False, too.
 
 The share of a task is the sum of the loss weights of its targets. It equals the task's share of the
 gradient if each target's own gradient has the same size. For a folder of records the shares are
@@ -53,6 +54,7 @@ class DocumentGroup:
     percent: float
     text: float
     image: int
+    pseudo: bool = False  # a model generated the answer
 
 
 def published_groups(*, question: float, caption_share: float) -> list[DocumentGroup]:
@@ -92,14 +94,20 @@ def groups_in_records(folder: str, mask: str) -> list[DocumentGroup]:
     image = records.index[f"{mask}_image"]
     text = records.index[mask] - image
     names, percent = records.names("task"), 100 / len(records)
-    rows = zip(records.index["task"].tolist(), text.tolist(), image.tolist(), strict=True)
+    columns = (records.index["task"], text, image, records.index["pseudo"] == 1)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
     return [
-        DocumentGroup(task=names[task], percent=percent, text=t, image=i) for task, t, i in rows
+        DocumentGroup(task=names[task], percent=percent, text=t, image=i, pseudo=pseudo)
+        for task, t, i, pseudo in rows
     ]
 
 
-def shares(groups: list[DocumentGroup], weights: LossWeights) -> dict[str, dict[str, float]]:
+def shares(
+    groups: list[DocumentGroup], weights: LossWeights, by: str = "task"
+) -> dict[str, dict[str, float]]:
     """Return, by task, the percent of the objective under both choices, and the image codes' part.
+
+    `by`: task, or pseudo for the names "True" and "False".
 
     VQA 50 %: 1 text; Image Generation 50 %: 1 text, 2 image; all weights 1
         {"VQA": {"document": 50, "document_image": 0, "token": 25, "token_image": 0},
@@ -109,22 +117,23 @@ def shares(groups: list[DocumentGroup], weights: LossWeights) -> dict[str, dict[
     factors, totals = task_weights(weights), dict.fromkeys(CHOICES, 0.0)
     for group in groups:
         names = (name for choice in CHOICES for name in (choice, f"{choice}_image"))
-        row = table.setdefault(group.task, dict.fromkeys(names, 0.0))
+        row = table.setdefault(str(getattr(group, by)), dict.fromkeys(names, 0.0))
         for choice in CHOICES:
             scored = group.text + group.image if choice == "document" else 1
-            each = group.percent * factors.get(group.task, 1.0) / scored
+            factor = factors.get(group.task, 1.0) * (weights.pseudo if group.pseudo else 1.0)
+            each = group.percent * factor / scored
             text, image = each * weights.text * group.text, each * weights.image * group.image
             row[choice] += text + image
             row[f"{choice}_image"] += image
             totals[choice] += text + image
-    if unknown := sorted(factors.keys() - table.keys()):
+    if unknown := sorted(factors.keys() - (tasks := {group.task for group in groups})):
         raise ValueError(
             f"--tasks is {weights.tasks!r}: no document has the task {unknown[0]!r}; use names "
-            f"from {', '.join(table)}"
+            f"from {', '.join(sorted(tasks))}"
         )
     if not all(totals.values()):
         raise ValueError(
-            "all targets have weight 0; increase --text, --image or a number of --tasks"
+            "all targets have weight 0; increase --text, --image, --pseudo or a number of --tasks"
         )
     return {
         task: {name: 100 * x / totals[name.partition("_")[0]] for name, x in row.items()}
@@ -148,6 +157,8 @@ def markdown(groups: list[DocumentGroup], weights: LossWeights) -> str:
         parts = [total[f"{choice}_image"] for choice in CHOICES]
         parts = [part if sign > 0 else 100 - part for part in parts]
         lines.append(f"| {name} | {parts[0]:.1f}% | {parts[1]:.1f}% | |")
+    if generated := shares(groups, weights, by="pseudo").get("True"):
+        lines.append(f"| pseudo documents | {_percentages(generated)} | |")
     return "\n".join(lines)
 
 
@@ -176,7 +187,8 @@ def main() -> None:
         help="share of captioning among captioning and image generation in the length model: that "
         "of the published chart by default, or 0.5 as in a summary of the paper",
     )  # fmt: skip
-    for name, what in (("text", "text targets"), ("image", "image codes")):
+    answers = "documents with a generated answer"
+    for name, what in (("text", "text targets"), ("image", "image codes"), ("pseudo", answers)):
         parser.add_argument(
             f"--{name}", type=float, default=1.0, help=f"config.loss.weights.{name}, of {what}"
         )
@@ -184,7 +196,7 @@ def main() -> None:
         "--tasks", default="", metavar="'VQA=2, ...'", help="config.loss.weights.tasks"
     )
     args = parser.parse_args()
-    weights = LossWeights(text=args.text, image=args.image, tasks=args.tasks)
+    weights = LossWeights(text=args.text, image=args.image, tasks=args.tasks, pseudo=args.pseudo)
     try:
         check_loss_weights(weights)
         if args.records:

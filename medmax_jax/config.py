@@ -122,7 +122,9 @@ class Mixing:
     unit: str  # documents | tokens: the unit of which a weight is a share
     weights: str  # "name=3, other=1"; empty: each document once per epoch
     image_centric: bool  # all documents of an image in one window of the plan: our reading of IMAX
+    image_window: int  # documents of such a window, about; two steps or so
     leave_out: str  # "name, other": all documents of these are left out; empty: none
+    pseudo: bool  # documents whose answer a model generated are drawn too
     fraction: float  # of the images of each source, nested; 1: all
     fraction_seed: int
 
@@ -134,10 +136,11 @@ class LossWeights:
     text: float  # of text targets, BOI and EOI included
     image: float  # of image codes
     tasks: str  # "VQA=2, Visual Chat=0.5": of all targets of a task's documents; others 1
+    pseudo: float  # of all targets of a document whose answer a model generated
 
     @classmethod
     def off(cls) -> "LossWeights":
-        return cls(text=1.0, image=1.0, tasks="")
+        return cls(text=1.0, image=1.0, tasks="", pseudo=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,6 +225,7 @@ class Stage:
     loss_weights: LossWeights
     view: str  # as vq.view, which the records of all stages have: stated only to be checked
     trains: str  # "q_proj, mlp": parameters with such a part in their name; empty: all that train
+    records: str  # in place of data.train; may be made once the stage before has ended
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,8 +299,12 @@ BOUNDS = {
 # Fields that older configs, runs and checkpoints lack, with the value that they meant.
 ADDED = {
     "data.condition_dropout": {"text": 0.0, "image": 0.0, "all": 0.0},
+    "mixing.pseudo": True,
+    "lossweights.pseudo": 1.0,
+    "stage.records": "",
+    "mixing.image_window": 256,
     "run.loss": {
-        "weights": {"text": 1.0, "image": 1.0, "tasks": ""},
+        "weights": {"text": 1.0, "image": 1.0, "tasks": "", "pseudo": 1.0},
         "z": {"text": 0.0, "image": 0.0},
     },
     "train.residual_dropout": 0.0,
@@ -340,6 +348,7 @@ def from_config_dict(config: ConfigDict | dict[str, Any]) -> Run:
         "loss_weights": dataclasses.asdict(run.loss.weights),
         "view": run.vq.view,
         "trains": "",
+        "records": "",
     }
     if isinstance(stages, (list, tuple)):
         stages = [merge(own, stage) for stage in stages]
@@ -364,8 +373,13 @@ def run_of_stage(run: Run, number: int) -> Run:
 
 def data_of_stage(data: Data, stage: Stage, number: int) -> Data:
     """Return the settings of a stage's rows; those of stage 0 have the run's seed."""
-    seed = data.seed + STAGE_SEED * number
-    return dataclasses.replace(data, condition_dropout=stage.condition_dropout, seed=seed, plan="")
+    return dataclasses.replace(
+        data,
+        train=stage.records or data.train,
+        condition_dropout=stage.condition_dropout,
+        seed=data.seed + STAGE_SEED * number,
+        plan="",
+    )
 
 
 def check(run: Run) -> None:
@@ -466,6 +480,7 @@ def _check_sizes(run: Run) -> None:
     _rule(0 < d.document_limit <= limit, "data.document_limit", d.document_limit, requirement)
     unweighted = not (run.mixing.weights and run.mixing.image_centric)
     _rule(unweighted, "mixing.weights", run.mixing.weights, "empty when mixing.image_centric")
+    _rule(run.mixing.image_window > 0, "mixing.image_window", run.mixing.image_window, "above 0")
     share = run.mixing.fraction
     _rule(0 < share <= 1, "mixing.fraction", share, "above 0 and at most 1")
     _rule(run.optim.accumulate > 0, "optim.accumulate", run.optim.accumulate, "above 0")
@@ -511,6 +526,8 @@ def _check_stages(run: Run) -> None:
         _rule(stage.steps > 0, f"stages[{number}].steps", stage.steps, "above 0")
         requirement = f"{run.vq.view}, as vq.view: the records of a run have one view"
         _rule(stage.view == run.vq.view, f"stages[{number}].view", stage.view, requirement)
+        first = not (stage.records and number == 0)
+        _rule(first, "stages[0].records", stage.records, "empty: stage 0 reads data.train")
         try:
             check(run_of_stage(run, number))
         except ConfigError as error:
@@ -534,7 +551,7 @@ def check_condition_dropout(dropout: ConditionDropout) -> None:
 
 def check_loss_weights(weights: LossWeights) -> None:
     """Raise ConfigError on a factor that is negative or not finite, and where both are 0."""
-    for name in ("text", "image"):
+    for name in ("text", "image", "pseudo"):
         value = getattr(weights, name)
         _rule(0 <= value < math.inf, f"loss.weights.{name}", value, "at least 0, and finite")
     both = {"text": weights.text, "image": weights.image}

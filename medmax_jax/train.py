@@ -8,6 +8,7 @@ The same command resumes after a stop of any kind. D then contains:
     train.log        what stdout showed           metrics.jsonl, events.out.*    the metrics
     checkpoints/     the state of the last steps  adapter/ or model/             the result
     samples/         samples during training      profile/             with --profile_steps
+    adapter_stage_0/ or model_stage_0/: with a stage whose records are made with this model
     compiled/        with several hosts: compiled programs, for restarts (--compile_cache)
 
 With credentialed records, D has mode 0700 and its files 0600.
@@ -18,18 +19,16 @@ no files; it reads the records.
 
 import contextlib
 import dataclasses
+import itertools
 import os
-import pathlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from medmax_jax import cli, config, make_callable
@@ -109,7 +108,7 @@ def main(settings: ConfigDict, workdir: str) -> None:
     options = setup.Options(
         extend=FLAGS.extend,
         dry_run=FLAGS.dry_run,
-        profile=_parse_step_range(FLAGS.profile_steps),
+        profile=setup.parse_step_range(FLAGS.profile_steps),
         wandb=FLAGS.wandb,
         listed_hosts=tuple(FLAGS.listed_host),
     )
@@ -142,12 +141,13 @@ def run(
 
         # ---- data
         train_data, eval_data = load_data(run)
-        if any(has_credentialed(data.records) for data in (train_data, eval_data) if data):
+        loaded = [data.records_of_stages() for data in (train_data, eval_data) if data]
+        if any(map(has_credentialed, itertools.chain.from_iterable(loaded))):
             stack.enter_context(private_folder(folder))
 
         # ---- log
         meta = setup.run_metadata(run, train_data)
-        sinks = [options.on_metrics, _wandb_sink(run, options, folder, meta, stack)]
+        sinks = [options.on_metrics, setup.wandb_sink(run, options, folder, meta, stack)]
         writer = log_writer.MetricWriter(str(folder), [sink for sink in sinks if sink])
         stack.callback(writer.close)
 
@@ -221,6 +221,8 @@ def _loop(
         _check_stop(job, done)
     if done == t.steps:
         return state, reporter.last
+    if done == (available := job.train_data.available):
+        _stop_for_records(job, state, done)
     batches = job.train_data.stream(done)
     batch = _next(job, batches)
     programs = _compiled(job, state, batch, done)
@@ -236,7 +238,7 @@ def _loop(
             profiler.after(done, state)
             reporter.pending.append(sums)
             last, stage_ends = done == t.steps, done in stages.ends(job.run)
-            if not last:
+            if done < available:
                 batch = _next(job, batches)  # while the device computes
             if done % t.log_every == 0 or stage_ends:
                 reporter.report(done)
@@ -251,6 +253,8 @@ def _loop(
                 _save(job, state, done, reporter)
             if signal_name and (reporter.eval_pending or not last):
                 _stop_after_checkpoint(job, signal_name, done)
+            if done == available and not last:
+                _stop_for_records(job, state, done)
     return state, reporter.last
 
 
@@ -328,23 +332,27 @@ def _stop_after_checkpoint(job: TrainContext, signal_name: str, done: int) -> No
     raise cli.Interrupted(message)
 
 
+def _stop_for_records(job: TrainContext, state: step.TrainState, done: int) -> NoReturn:
+    """Export the model of the stage that has ended and stop: the next one has no records yet."""
+    number = stages.at(job.run, done)
+    with job.clock.measure("checkpoint"), jax.transfer_guard("allow"):
+        target = setup.export_result(job, state, done, f"_stage_{number - 1}")
+    run, own = job.run, job.run.stages[number].records
+    lora = run.train.trains == "lora"
+    model = [run.train.init_from, "--adapter", target] if lora else [target]
+    words = ["medmax_jax.data.prepare", "pseudo", run.data.train, "--model", *model, "--out", own]
+    message = (
+        f"stage {number} reads {own}, which does not exist yet. To make it with the model of stage "
+        f"{number - 1}: python -m {shlex.join(words)}; then {cli.RESUME}"
+    )
+    job.writer.log(message)
+    raise cli.Interrupted(message)
+
+
 def _finish(job: TrainContext, state: step.TrainState, last: dict[str, float]) -> dict[str, Any]:
-    run, metadata = job.run, job.meta | {"step": job.run.train.steps}
+    run = job.run
     with job.clock.measure("checkpoint"):
-        job.checkpoints.wait()
-    if non_finite := _count_non_finite(state.trainable):
-        raise TrainError(
-            f"{non_finite} trained parameters are not finite, so nothing was exported; restart "
-            f"from an earlier step of {job.work.url('checkpoints')} with a lower optim.peak_lr"
-        )
-    if run.train.trains == "lora":
-        target = job.work.url("adapter")
-        export.adapter(job.work.folder / "adapter", state.trainable, run, metadata)
-    else:
-        target, folder = job.work.url("model"), job.work.folder / "model"
-        base = step.trained_base(job.graph, state.trainable, job.frozen)
-        for name in export.model(folder, base, run, data=metadata["data"], step=metadata["step"]):
-            job.writer.log(f"{target} has no {name}: config.train.init_from does not contain one")
+        target = setup.export_result(job, state, run.train.steps, "")
     clock = job.clock.report()
     seconds_by_purpose = " ".join(
         f"{name} {seconds:.1f}" for name, seconds in job.clock.seconds.items()
@@ -354,40 +362,6 @@ def _finish(job: TrainContext, state: step.TrainState, last: dict[str, float]) -
         f"({seconds_by_purpose}), goodput {clock['goodput']:.2f}; exported to {target}"
     )
     return last | {"step": run.train.steps, "export": target, "goodput": clock["goodput"]}
-
-
-def _count_non_finite(tree: PyTree) -> int:
-    count = jax.jit(lambda t: sum((~jnp.isfinite(x)).sum() for x in jax.tree.leaves(t)))
-    return int(count(tree))
-
-
-def _parse_step_range(text: str) -> tuple[int, int] | None:
-    """Return the two numbers of 3:5; None for an empty text."""
-    first, colon, last = text.partition(":")
-    if not text:
-        return None
-    if not (colon and first.isdigit() and last.isdigit()):
-        raise config.ConfigError(
-            f"--profile_steps={text} is not a range of steps; write FIRST:LAST, for example 10:12"
-        )
-    return int(first), int(last)
-
-
-def _wandb_sink(
-    run: config.Run,
-    options: setup.Options,
-    folder: pathlib.Path,
-    meta: dict[str, Any],
-    stack: contextlib.ExitStack,
-) -> Callable[[int, dict[str, float]], None] | None:
-    if not options.wandb or jax.process_index():
-        return None
-    send, close = log_writer.init_wandb(
-        options.wandb, run, name=folder.name, folder=str(folder), credentials=meta["credentials"],
-        listed=options.listed_hosts, environment=os.environ,
-    )  # fmt: skip
-    stack.callback(close)
-    return send
 
 
 make_callable(__name__)

@@ -16,6 +16,7 @@ credentialed.
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -249,14 +250,16 @@ def _run_and_checkpoints(
         new, line = _steps_of_start(folder, start, end, sources)
         seen += new
         runs += [line] if line else []
-    for name, kind in (("adapter", "adapter_config.json"), ("model", "config.json")):
-        if (folder / name / kind).is_file():
-            steps.append(name)
+    saved = {f"checkpoints/{step}": step for step in steps}
+    of_stages = itertools.accumulate(s["steps"] for s in starts[-1]["config"].get("stages", ()))
+    exports = {f"_stage_{number}": end for number, end in enumerate(of_stages)} | {"": ends[-1]}
+    for suffix, end in exports.items():
+        for name, kind in (("adapter", "adapter_config.json"), ("model", "config.json")):
+            if (folder / f"{name}{suffix}" / kind).is_file():
+                saved[f"{name}{suffix}"] = end
     checkpoints = []
-    for step in steps if seen else []:
-        last = ends[-1] if isinstance(step, str) else step
-        before = [s for s in seen if s[0] <= last]
-        path = folder / ("" if isinstance(step, str) else "checkpoints") / str(step)
+    for name, last in saved.items() if seen else ():
+        before, path = [s for s in seen if s[0] <= last], folder / name
         line = dict(checkpoint=str(path))
         if before:
             line |= dict(seen=len(before), first_step=before[0][0], epoch=before[0][1])
@@ -278,7 +281,8 @@ def _is_run(path: Path) -> bool:
 def _history(folder: Path) -> list[dict[str, Any]]:
     """Return each start of a run and what it reads, without starts that a later resume replaced."""
     facts = read_json(folder / "config.json")
-    default = {n: facts[n] for n in ("data", "plan", "config")} | dict(start=0, validation="")
+    names = ("data", "plan", "config", "stage_data")
+    default = {n: facts[n] for n in names if n in facts} | dict(start=0, validation="")
     path, kept = folder / "history.jsonl", []
     try:
         lines = [line for _, line in read_objects(path)] if path.exists() else []
@@ -303,6 +307,9 @@ def _check_start(line: dict[str, Any]) -> None:
         raise ValueError("config has no sections data and mixing")
     if not isinstance(line["config"].get("stages", []), list):
         raise ValueError("config.stages is not a list")
+    own = line.get("stage_data", [line["data"]])
+    if not isinstance(own, list) or not own or not all(isinstance(data, str) for data in own):
+        raise ValueError("stage_data is not a list of fingerprints")
 
 
 def _steps_of_start(
@@ -317,20 +324,26 @@ def _steps_of_start(
     in_validation = len(held_out.documents) if held_out else 0
     if in_validation:
         line |= dict(in_validation=in_validation)
-    if start["data"] not in sources:
-        return [], line | dict(unknown=f"its records {start['data'][:16]} are not in these folders")
-    records, documents = (found := sources[start["data"]]).records, found.documents
     try:
         parts = _stages(start["config"])
-        plans = [mixing.epochs(records, data, mixture) for data, mixture, *_ in parts]
+        of_parts = start.get("stage_data", [start["data"]] * len(parts))
+        if absent := [digest for digest in of_parts if digest not in sources]:
+            unknown = f"its records {absent[0][:16]} are not in these folders"
+            return [], line | dict(unknown=unknown)
+        parts = parts[: len(of_parts)]  # without stages whose records did not exist
+        matches = [sources[data] for data in of_parts]
+        plans = [
+            mixing.epochs(found.records, data, mixture)
+            for found, (data, mixture, *_) in zip(matches, parts, strict=True)
+        ]
     except (ConfigError, PackError) as error:
         return [], line | dict(unknown=f"its settings give no plan ({error})")
     if stages.fingerprint([epochs.first.fingerprint for epochs in plans]) != start["plan"]:
         return [], line | dict(unknown="its records and settings now give another plan")
     seen = []
-    for (data, _, first, last), epochs in zip(parts, plans, strict=True):
+    for (data, _, first, last), epochs, found in zip(parts, plans, matches, strict=True):
         last, row, epoch, size = min(last, end), 0, 0, data.batch_size
-        while len(documents) and row < (last - first) * size:
+        while len(found.documents) and row < (last - first) * size:
             plan = epochs.plan(epoch)
             steps = first + np.unique((row + found.rows_of(plan, data.mask)) // size) + 1
             seen += [(int(s), epoch) for s in steps if start["start"] < s <= last]
@@ -338,7 +351,8 @@ def _steps_of_start(
     if seen:
         steps = dict(first_step=seen[0][0], epoch=seen[0][1], last_step=seen[-1][0])
         return seen, line | dict(seen=len(seen)) | steps
-    return [], (line | dict(not_seen_by_step=end)) if len(documents) or in_validation else None
+    shown = any(len(found.documents) for found in matches) or in_validation
+    return [], (line | dict(not_seen_by_step=end)) if shown else None
 
 
 def _stages(config: dict[str, Any]) -> list[tuple[Data, Mixing, int, float]]:

@@ -7,6 +7,7 @@
 
     mixing.fraction  of the images of each source, with all their documents; 0.25 is a subset of 0.5
     mixing.leave_out "VQA, Captioning": no document of these
+    mixing.pseudo    False: no document whose answer a model generated
 
 A document over the limit is left out entirely: if it were cut, it would lose its answer or half an
 image. No window of pack.py holds a document twice, so no row does.
@@ -22,7 +23,6 @@ from medmax_jax.data.packing import condition_dropout, pack
 from medmax_jax.data.packing.pack import Epochs, PackError, Plan
 from medmax_jax.data.records.reader import Records
 
-IMAGE_WINDOW = 256  # documents, two steps of 8 rows of 16,384: larger windows pack better
 # Streams of shuffles; pack.py itself uses stream 0 and the indices of windows, and
 # condition_dropout.py 5 << 40.
 _REPEATS, _WINDOWS, _IMAGES, _FRACTION = 1 << 40, 2 << 40, 3 << 40, 4 << 40
@@ -42,8 +42,8 @@ def within_length_limit(records: Records, limit: int) -> Int[np.ndarray, "_"]:
 def eligible_documents(records: Records, data: Data, mixing: Mixing) -> Int[np.ndarray, "_"]:
     """Return the documents that a run with these settings may draw.
 
-    A fraction is taken of all images, before document_limit and leave_out, so that a run without
-    VQA sees the same images as the corresponding run with VQA.
+    A fraction is taken of all images, before document_limit, leave_out and pseudo, so that a run
+    without VQA sees the same images as the corresponding run with VQA.
     """
     documents = within_length_limit(records, data.document_limit)
     keep = np.ones(len(records), bool)
@@ -56,12 +56,15 @@ def eligible_documents(records: Records, data: Data, mixing: Mixing) -> Int[np.n
         )
     if mixing.leave_out:
         keep &= ~np.isin(records.index[mixing.by], _excluded(records, mixing))
+    if not mixing.pseudo:
+        keep &= records.index["pseudo"] == 0
     eligible = documents[keep[documents]]
     if not eligible.size:
         raise PackError(
-            f"{records.folder}: mixing.fraction = {mixing.fraction:g} and mixing.leave_out = "
-            f"{mixing.leave_out!r} leave no document within data.document_limit; increase the "
-            "fraction or exclude fewer names"
+            f"{records.folder}: mixing.fraction = {mixing.fraction:g}, mixing.leave_out = "
+            f"{mixing.leave_out!r} and mixing.pseudo = {mixing.pseudo} leave no document within "
+            "data.document_limit; increase the fraction, exclude fewer names or draw pseudo "
+            "documents"
         )
     return eligible
 
@@ -100,7 +103,8 @@ def epochs(records: Records, data: Data, mixing: Mixing) -> Epochs:
 
     elif mixing.image_centric:
         images = records.index["image_path"][documents]
-        windows = functools.partial(group_by_image, documents, images, seed=seed)
+        size = mixing.image_window
+        windows = functools.partial(group_by_image, documents, images, size=size, seed=seed)
     streams = condition_dropout.streams_by_epoch(records, data, documents)
 
     def plan(epoch: int) -> Plan:
@@ -213,9 +217,17 @@ def shuffled_windows(
 
 
 def group_by_image(
-    documents: Int[np.ndarray, "n"], images: Int[np.ndarray, "n"], *, seed: int, epoch: int
+    documents: Int[np.ndarray, "n"],
+    images: Int[np.ndarray, "n"],
+    *,
+    size: int,
+    seed: int,
+    epoch: int,
 ) -> list[Int[np.ndarray, "_"]]:
     """Return windows that hold all documents of their images; -1 is a document without one.
+
+    A window has about `size` documents; its first image begins at a multiple of `size`, or is the
+    first after one.
 
     This is an interpretation of image-centric training (IMAX, arXiv 2504.09967), not a
     reproduction: the paper's order of training is not published.
@@ -226,8 +238,8 @@ def group_by_image(
     rank = pack.shuffle(number.max() + 1, seed, epoch, _IMAGES)[number]
     order = pack.shuffle(len(documents), seed, epoch, 0)
     order = order[np.argsort(rank[order], kind="stable")]
-    size = np.bincount(rank)
-    window = ((np.cumsum(size) - size) // IMAGE_WINDOW)[rank[order]]  # of an image's first document
+    count = np.bincount(rank)
+    window = ((np.cumsum(count) - count) // size)[rank[order]]  # of an image's first document
     return np.split(documents[order], np.flatnonzero(np.diff(window)) + 1)
 
 

@@ -76,6 +76,8 @@ def save(
     settings = dataclasses.asdict(data) | dataclasses.asdict(mixing_config)
     dropped = data.condition_dropout != ConditionDropout.off()
     unsaved = ("train", "validation", "plan", *(() if dropped else ("condition_dropout",)))
+    unsaved += ("pseudo",) if mixing_config.pseudo else ()  # as in files of before the field
+    unsaved += ("image_window",) if not mixing_config.image_centric else ()  # it has no effect
     header = dict(
         format=2 if dropped else 1,
         records=records.fingerprint,

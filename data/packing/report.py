@@ -3,6 +3,11 @@
 fill     tokens divided by positions, for rows of a given length; `offline` is best-fit decreasing
          over all documents at once, which a plan of shuffled windows nearly reaches
 padded   the method of the MedMax release: one document per row, a batch as long as its longest
+
+Runs that are compared at equal tokens have equal numbers of scored tokens: the targets of the loss,
+which a run's plan determines. `plan D --config C` prints them; `--scored N` also prints how many
+steps of the last stage make the run's number the nearest one to N. `plan D --sweep S` prints them
+for each run of an expanded sweep, with the steps for the number of the first run.
 """
 
 import argparse
@@ -21,6 +26,8 @@ from medmax_jax.data.records.document import PSEUDO
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.writer import has_credentialed
 from medmax_jax.models.guidance_streams import STREAMS
+from medmax_jax.sweep import expand
+from medmax_jax.sweep.axes import SweepError
 from medmax_jax.training import stages as run_stages
 
 # Documents and tasks per image of the data set IMAX (arXiv 2504.09967).
@@ -81,15 +88,22 @@ def report(
     return summary if row is None else summary | {f"row {row}": row_documents(records, plan, row)}
 
 
-def run_report(records: Records, run: Run) -> dict[str, Any]:
-    """Describe the plan of a run: of each stage its steps and settings, and its first epoch."""
-    described, plans = [], []
-    parts = stages.parts(run.data, run.mixing, run.stages)
-    for number, (data, mixing_config, first, end) in enumerate(parts):
-        epochs = mixing.epochs(records, data, mixing_config)
+def run_report(records: Records, run: Run, *, scored: int = 0) -> dict[str, Any]:
+    """Describe the plan of a run: of each stage its steps and settings, and its first epoch.
+
+    `records`: of the stages that have none of their own. `scored`: also find the number of steps of
+    the last stage with which the run scores that many tokens, 0: not.
+    """
+    described, plans, parts = [], [], stages.parts(run.data, run.mixing, run.stages)
+    ready = stages.ready(run.stages) if run.stages else 1
+    for number, (data, mixing_config, first, end) in enumerate(parts[:ready]):
+        own = run.stages[number].records if run.stages else ""
+        from_records = open_records(own) if own else records
+        epochs = mixing.epochs(from_records, data, mixing_config)
         plan, steps = epochs.plan(0), int(min(end, run.train.steps)) - first
         weights = run.stages[number].loss_weights if run.stages else run.loss.weights
         plans.append(epochs.first.fingerprint)
+        tokens, targets = tokens_of_rows(from_records, epochs, data, steps * data.batch_size)
         described.append(
             dict(
                 stage=number,
@@ -98,11 +112,72 @@ def run_report(records: Records, run: Run) -> dict[str, Any]:
                 documents=len(plan.documents),
                 rows=len(plan),
                 fill=round(packing_efficiency(plan, data.seq_len), 4),
+                tokens=int(tokens.sum()),
+                scored=int(targets.sum()),
                 streams=condition_dropout.stream_counts(plan),
                 settings=run_stages.settings(mixing_config, data.condition_dropout, weights),
             )
         )
-    return dict(plan=stages.fingerprint(plans), steps=run.train.steps, stages=described)
+    summary = dict(plan=stages.fingerprint(plans), steps=run.train.steps)
+    summary |= {name: sum(row[name] for row in described) for name in ("tokens", "scored")}
+    if ready < len(parts):
+        missing = run.stages[ready].records
+        if scored:
+            raise pack.PackError(f"--scored: {missing} of stage {ready} does not exist; make it")
+        summary["missing"] = f"{missing}, which stage {ready} reads"
+    elif scored:
+        before = summary["scored"] - described[-1]["scored"]
+        steps, of_stage = _steps_for(scored - before, from_records, epochs, data)
+        summary |= dict(last_stage_steps=steps, scored_then=before + of_stage)
+    return summary | dict(stages=described)
+
+
+def sweep_report(records: Records, folder: Path) -> dict[str, Any]:
+    """Compare the scored tokens of the runs of a sweep with those of its first run.
+
+    `share`: of the first run's number; `last_stage_steps`: steps of the last stage, or of a run
+    without stages, with which the run scores as many as the first, up to half a step.
+    """
+    try:
+        runs = expand.read(folder)
+    except SweepError as error:
+        raise pack.PackError(str(error)) from error
+    rows, first = [], 0
+    for planned in runs:
+        found = run_report(records, expand.settings(planned), scored=first)
+        if "missing" in found:
+            raise pack.PackError(f"run {planned.run_id}: {found['missing']}, is missing; make it")
+        first = first or found["scored"]
+        row = {name: found[name] for name in ("steps", "tokens", "scored")}
+        row["share"] = round(found["scored"] / first, 4)
+        row["last_stage_steps"] = found.get("last_stage_steps", found["stages"][-1]["steps"])
+        rows.append(dict(run=planned.run_id) | row)
+    return dict(equal_tokens="scored tokens: the targets of the loss", runs=rows)
+
+
+def tokens_of_rows(
+    records: Records, epochs: pack.Epochs, data: Data, count: int
+) -> tuple[Int[np.ndarray, "r"], Int[np.ndarray, "r"]]:
+    """Return the tokens, and the scored tokens, of each of the first `count` rows of all epochs."""
+    tokens, scored, epoch = [], [], 0
+    while count > 0:
+        plan = epochs.plan(epoch)
+        targets = records.index[data.mask][plan.documents].astype(np.int64)
+        targets = np.where(plan.streams, records.layout.codes_per_image, targets)
+        for columns, values in ((tokens, plan.lengths.astype(np.int64)), (scored, targets)):
+            columns.append(np.add.reduceat(values, plan.starts[:-1])[:count])
+        count, epoch = count - len(plan), epoch + 1
+    return np.concatenate(tokens), np.concatenate(scored)
+
+
+def _steps_for(scored: int, records: Records, epochs: pack.Epochs, data: Data) -> tuple[int, int]:
+    """Return the steps whose scored tokens are nearest to a number, at least 1, and that sum."""
+    rows = data.batch_size
+    while (targets := tokens_of_rows(records, epochs, data, rows)[1]).sum() < scored:
+        rows *= 2
+    sums = np.cumsum(targets.reshape(-1, data.batch_size).sum(1))
+    steps = int(np.argmin(np.abs(sums - scored)))
+    return steps + 1, int(sums[steps])
 
 
 def packing_efficiency(plan: pack.Plan, seq_len: int) -> float:
@@ -233,6 +308,14 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="config of a run, whose settings replace these flags; prints each of its stages",
     )  # fmt: skip
     planned.add_argument(
+        "--sweep", type=Path, metavar="S",
+        help="folder of an expanded sweep: compare the scored tokens of its runs",
+    )  # fmt: skip
+    planned.add_argument(
+        "--scored", type=int, default=0, metavar="N",
+        help="with --config: find the steps of its last stage for N scored tokens in all",
+    )  # fmt: skip
+    planned.add_argument(
         "--document_limit", type=int, default=0,
         help="exclude documents with more tokens; 0: the row length",
     )  # fmt: skip
@@ -262,8 +345,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
     planned.add_argument(
         "--image_centric", action="store_true", help="keep the documents of an image together"
     )
+    planned.add_argument(
+        "--image_window", type=int, default=256, help="config.mixing.image_window: documents"
+    )
     flags = vars(planned.parse_args([]))  # all but the folder, which prepare.py adds
-    default = {name: value for name, value in flags.items() if name != "config"}
+    default = {n: value for n, value in flags.items() if n not in ("config", "scored", "sweep")}
     planned.set_defaults(run=functools.partial(_run_plan, default=default))
     return planned
 
@@ -271,9 +357,14 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _run_plan(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, Any]:
     if str(args.folder).endswith(plan_file.SUFFIX):
         return _describe_saved(args)
+    if args.sweep is not None:
+        _check_alone(args, default, f"--sweep={args.sweep}")
+        return sweep_report(open_records(args.folder), args.sweep)
     if args.config:
         return _describe_run(args, default)
-    for name in ("seq_len", "batch_size"):
+    if args.scored:
+        raise pack.PackError("--scored is of a run; use it with --config")
+    for name in ("seq_len", "batch_size", "image_window"):
         if (getattr(args, name) or 0) < 1:
             raise pack.PackError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     data = Data(
@@ -283,7 +374,8 @@ def _run_plan(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, An
     )  # fmt: skip
     mixing_config = Mixing(
         by=args.by, unit=args.unit, weights=args.weights, image_centric=args.image_centric,
-        leave_out="", fraction=1.0, fraction_seed=0,
+        image_window=args.image_window, leave_out="", pseudo=True, fraction=1.0,
+        fraction_seed=0,
     )  # fmt: skip
     records = open_records(args.folder)
     summary = report(records, data, mixing_config, epoch=args.epoch, row=args.row)
@@ -295,13 +387,18 @@ def _run_plan(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, An
 
 def _describe_run(args: argparse.Namespace, default: dict[str, Any]) -> dict[str, Any]:
     """Describe the plan of a run's config, with the records of the command."""
-    given = [name for name in default if getattr(args, name) != default[name]]
-    if given:
+    _check_alone(args, default, f"--config={args.config}")
+    run = from_config_dict(cli.load_config(args.config))
+    return run_report(open_records(args.folder), run, scored=args.scored)
+
+
+def _check_alone(args: argparse.Namespace, default: dict[str, Any], flag: str) -> None:
+    """Raise PackError where flags repeat settings that the config of a run contains."""
+    if given := [name for name in default if getattr(args, name) != default[name]]:
         raise pack.PackError(
-            f"--{given[0]} and --config={args.config} are both given; a config contains the "
-            "settings of its run: use --config alone, or the other flags without it"
+            f"--{given[0]} and {flag} are both given; a config contains the settings of its run: "
+            "use that flag alone, or the other flags without it"
         )
-    return run_report(open_records(args.folder), from_config_dict(cli.load_config(args.config)))
 
 
 def _describe_saved(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,11 +8,16 @@
 A stage is loaded as the run that config.run_of_stage describes: its rows begin at row 0 of its own
 epoch 0, whose order differs from that of the other stages. So the input is a function of the step
 alone, as in a run without stages, and a run resumes inside any stage.
+
+A stage may read records of its own, which need not exist when the run starts: the model of the
+stage before may be what makes them. The loader then ends with the last stage whose records, and
+those of all stages before it, are complete.
 """
 
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,19 +25,25 @@ from medmax_jax.config import Data, Mixing, Run, Stage, data_of_stage, run_of_st
 from medmax_jax.data.packing import mixing
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records.document import RecordsError
+from medmax_jax.data.records.reader import Records
+from medmax_jax.data.records.staging import META
+from medmax_jax.storage.folder import Folder
 from medmax_jax.training import stages
-from medmax_jax.training.batch import Batch, BatchSource, BatchStats
+from medmax_jax.training.batch import MAX_GROUPS, Batch, BatchSource, BatchStats
 
 
 class StagedLoader:
     """Loads all steps of a run with stages; `make` returns the loader of a run without any."""
 
-    def __init__(self, run: Run, make: Callable[[Run], BatchSource]):
+    def __init__(self, run: Run, make: Callable[[Run, str], BatchSource]):
         self._run, self._ends = run, stages.ends(run)
-        self._loaders = [_load_stage(run, number, make) for number in range(len(run.stages))]
-        self.records, self.kinds = self._loaders[0].records, self._loaders[0].kinds
-        self.plan = fingerprint([loader.plan for loader in self._loaders])
-        if run.data.plan not in ("", self.plan):
+        self._loaders = [_load_stage(run, number, make) for number in range(ready(run.stages))]
+        self.available = self._ends[len(self._loaders) - 1]
+        self.records = self._loaders[0].records
+        self.kinds = _number_kinds(self._loaders)
+        self.plans = [loader.plan for loader in self._loaders]
+        self.plan = fingerprint(self.plans)
+        if run.data.plan not in ("", self.plan) and self.available == len(self):
             raise PackError(
                 f"config.data.plan is {run.data.plan}, but these records, settings and stages give "
                 f"plan {self.plan}; restore them, or leave config.data.plan empty"
@@ -71,17 +82,36 @@ class StagedLoader:
         return loader.document_names(own_step)
 
     def epoch_tokens(self) -> int:
-        """Return the tokens of the documents that any stage may draw, each counted once."""
-        draws = [
-            mixing.eligible_documents(self.records, self._run.data, stage.mixing)
-            for stage in self._run.stages
-        ]
-        return int(self.records.index["length"][np.unique(np.concatenate(draws))].sum())
+        """Return the tokens of the documents that any stage may draw, each counted once.
+
+        Of several folders it is the one with the most: records with pseudo documents have all
+        others too.
+        """
+        totals = []
+        for records in _distinct(self.records_of_stages()):
+            draws = [
+                mixing.eligible_documents(records, self._run.data, stage.mixing)
+                for stage, loader in zip(self._run.stages, self._loaders, strict=False)
+                if loader.records is records
+            ]
+            totals.append(int(records.index["length"][np.unique(np.concatenate(draws))].sum()))
+        return max(totals)
+
+    def records_of_stages(self) -> list[Records]:
+        """Return the records of each stage that can be loaded."""
+        return [loader.records for loader in self._loaders]
+
+    def records_at(self, step: int) -> Records:
+        """Return the records that the numbers of a step's documents refer to."""
+        return self._at(step)[0].records
 
     def describe(self) -> list[str]:
         """Return log lines: a summary, and what each stage's loader describes."""
         summary = f"{len(self._loaders)} stages, plan {self.plan[:12]}"
         lines = [(n, line) for n, loader in enumerate(self._loaders) for line in loader.describe()]
+        if self.available < len(self):
+            missing = self._run.stages[len(self._loaders)].records
+            lines.append((len(self._loaders), f"its records {missing} do not exist yet"))
         return [summary, *(f"stage {number}: {line}" for number, line in lines)]
 
     def _at(self, step: int) -> tuple[BatchSource, int]:
@@ -89,6 +119,11 @@ class StagedLoader:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}; increase train.steps to continue")
         number = stages.at(self._run, step)
+        if number >= len(self._loaders):
+            raise IndexError(
+                f"step {step}: the records {self._run.stages[number].records} of "
+                f"config.stages[{number}] did not exist when the run started; start it again"
+            )
         return self._loaders[number], step - [0, *self._ends][number]
 
 
@@ -114,9 +149,42 @@ def parts(
     ]
 
 
-def _load_stage(run: Run, number: int, make: Callable[[Run], BatchSource]) -> BatchSource:
+def ready(run_stages: Sequence[Stage]) -> int:
+    """Return how many stages can be loaded: those before the first whose own records are missing.
+
+    An address on the hub is taken to exist, so that a wrong one is an error.
+    """
+    for number, stage in enumerate(run_stages):
+        if stage.records and not stage.records.startswith("hf:"):
+            if not Folder(stage.records).has(META):
+                return number
+    return len(run_stages)
+
+
+def _number_kinds(loaders: Sequence[Any]) -> list[tuple[str, str]]:
+    """Give a kind of documents the same number in all stages; return the list of all kinds.
+
+    Those of stage 0 come first, so that their numbers are the same before and after the records of
+    a later stage exist: a checkpoint may hold sums by these numbers.
+    """
+    kinds = list(dict.fromkeys(kind for loader in loaders for kind in loader.kinds))
+    if len(kinds) > MAX_GROUPS:
+        raise PackError(
+            f"config.stages: their records have {len(kinds)} pairs of source and task; at most "
+            f"{MAX_GROUPS} can be reported separately; merge some of their names"
+        )
+    for loader in loaders:
+        loader.use_kinds(kinds)
+    return kinds
+
+
+def _distinct(records: Sequence[Records]) -> list[Records]:
+    return list({id(each): each for each in records}.values())
+
+
+def _load_stage(run: Run, number: int, make: Callable[[Run, str], BatchSource]) -> BatchSource:
     """Return the loader of a stage; its errors name the stage."""
     try:
-        return make(run_of_stage(run, number))
+        return make(run_of_stage(run, number), run.stages[number].records)
     except (PackError, RecordsError) as error:
         raise PackError(f"{error} (config.stages[{number}])") from error

@@ -3,9 +3,12 @@
 free     FREE below: speed, devices, amount of logging; a change is logged, not refused
 extend   train.steps may grow, and with it the steps of the last stage, only with --extend: the
          schedule is a function of them
-bound    every other field of the config, and the fingerprints of BOUND: refused, both shown
+bound    every other field of the config, and the fingerprints of BOUND: refused, both shown;
+         where stages have records of their own, BY_STAGE in place of the plan of all: a stage whose
+         records did not exist when the checkpoint was written, and so had not begun, is free
 """
 
+import re
 from typing import Any
 
 from medmax_jax.checkpoints.manager import CheckpointError
@@ -33,6 +36,7 @@ BOUND = {
     "data": "config.data.train",
     "plan": "config.data, config.mixing and config.stages",
 }
+BY_STAGE = ("stage_data", "stage_plans")
 
 
 def check_meta(saved: dict, current: dict, *, extend: bool) -> list[str]:
@@ -51,7 +55,16 @@ def check_meta(saved: dict, current: dict, *, extend: bool) -> list[str]:
                 refused.append(f"{text} (use --extend for a longer schedule)")
         else:
             refused.append(text)
+    by_stage = any(name in saved for name in BY_STAGE)
+    for name in BY_STAGE:
+        new_values = dict(enumerate(current.get(name, ())))
+        for number, old in enumerate(saved.get(name, ())):
+            if old != (new := new_values.get(number)):
+                text = f"{name} of stage {number} was {_short(old)}, is now {_short(new)}"
+                refused.append(f"{text} (see config.stages[{number}].records)")
     for name, field in BOUND.items():
+        if name == "plan" and by_stage:
+            continue
         if (old := saved.get(name)) != (new := current.get(name)):
             refused.append(f"{name} was {_short(old)}, is now {_short(new)} (see {field})")
     versions = differences(saved.get("versions", {}), current.get("versions", {}))
@@ -83,21 +96,33 @@ def config_sections(config: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def with_added_fields(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a run, as JSON has them, with the fields that an older one lacks."""
-    filled = dict(settings)
-    for name, value in ADDED.items():
-        section, field = name.split(".")
-        if section == "run":
-            filled = {field: value} | filled
-        elif section in filled:
-            filled[section] = {field: value} | filled[section]
+    filled = _added("run") | settings
+    for section in {name.split(".")[0] for name in ADDED} & filled.keys():
+        filled[section] = _added(section) | filled[section]
+    loss = filled["loss"]
+    filled["loss"] = loss | {"weights": _added("lossweights") | loss["weights"]}
     views = {"view": filled["vq"]["view"]} if "vq" in filled else {}
-    filled["stages"] = [views | stage for stage in filled["stages"]]
+    filled["stages"] = [
+        _added("stage")
+        | views
+        | stage
+        | {"mixing": _added("mixing") | stage["mixing"]}
+        | {"loss_weights": _added("lossweights") | stage["loss_weights"]}
+        for stage in filled["stages"]
+    ]
     return filled
+
+
+def _added(section: str) -> dict[str, Any]:
+    """Return the fields of a section that were added to it, with the values that they meant."""
+    names = ((name.split("."), value) for name, value in ADDED.items())
+    return {field: value for (owner, field), value in names if owner == section}
 
 
 def is_free(name: str) -> bool:
     """Return whether a dotted field, or the section that it is in, may change."""
-    return name in FREE or name.split(".")[0] in FREE
+    own_records = bool(re.fullmatch(r"stages\.\d+\.records", name))  # as data.train
+    return own_records or name in FREE or name.split(".")[0] in FREE
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:

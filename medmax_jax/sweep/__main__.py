@@ -5,6 +5,7 @@ python -m medmax_jax.sweep status --workdir D                        the state o
 python -m medmax_jax.sweep run --workdir D                           what is left, on this machine
 python -m medmax_jax.sweep render --workdir D --form slurm --out F   files for a cluster's launcher
 python -m medmax_jax.sweep collect --workdir D                       D/table.csv for a fit
+python -m medmax_jax.sweep fisher NAME=RUN .. --out PAGE             gradients of single documents
 
 expand without --workdir writes nothing. status, collect and render read the folders of the runs, so
 all may be repeated; render leaves finished runs out and keeps the ids of the others. Overrides of
@@ -28,7 +29,7 @@ from medmax_jax.config import ConfigError
 from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.storage import workdir
 from medmax_jax.storage.folder import StorageError
-from medmax_jax.sweep import expand, render, runner, status
+from medmax_jax.sweep import expand, fisher_page, render, runner, status
 from medmax_jax.sweep.axes import SweepError
 
 RUNS = ("*/*",)  # what the folders of runs contain
@@ -69,6 +70,15 @@ def _parser() -> arguments.Parser:
             )
         if name == "render":
             render.add_flags(command_parser)
+    page_parser = commands.add_parser(
+        "fisher", help="write a page of the spectrum of single documents' gradients along training"
+    )
+    page_parser.add_argument(
+        "runs", nargs="+", metavar="NAME=RUN",
+        help="folders of runs with train.fisher_every; several of one name are its seeds",
+    )  # fmt: skip
+    page_parser.add_argument("--out", type=Path, required=True, help="HTML page to write")
+    page_parser.add_argument("--json", action="store_true", help="print one JSON object last")
     return parser
 
 
@@ -162,6 +172,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         if args.command == "expand":
             result = _expand(args, rest)
+        elif args.command == "fisher":
+            result = fisher_page.write(args.runs, args.out, log=print)
+            print(f"wrote {args.out}")
         else:
             with _opened(args) as folder:
                 result = COMMANDS[args.command](args, expand.read(folder), folder)

@@ -1,7 +1,7 @@
 """Defines the batch of one training step, its counts, and the interface of a batch loader."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -59,7 +59,9 @@ class BatchSource(Protocol):
 
     records: DocumentSource
     plan: str  # fingerprint of the packing plan of epoch 0
+    plans: list[str]  # of each stage that can be loaded
     kinds: list[tuple[str, str]]  # (source, task) of each kind of document
+    available: int  # steps that can be loaded; fewer than all while a stage's records are missing
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -78,6 +80,12 @@ class BatchSource(Protocol):
 
     def document_names(self, step: int) -> list[str]:
         """Return the names of the documents of a step."""
+
+    def records_of_stages(self) -> Sequence[DocumentSource]:
+        """Return the records of each stage that can be loaded; a run without stages is one."""
+
+    def records_at(self, step: int) -> DocumentSource:
+        """Return the records that the numbers of a step's documents refer to."""
 
     def describe(self) -> list[str]:
         """Return a description of an epoch, one line of the log each; the first summarizes it."""

@@ -12,10 +12,15 @@ IMAX (arXiv 2504.09967) explains its gain by a lower spectral entropy and a high
 Its estimator was not available to us; this one is ours. The documents are those of one step, packed
 as they are: the weights of a row's other documents are 0, so a gradient is the one that the
 document alone has, up to rounding.
+
+A document takes a pass over one row, and over as many as the mesh splits a batch into. So one
+measurement takes about the time of DOCUMENTS * split / batch_size steps; `least_interval` has the
+steps between two of them that keep this below SHARE.
 """
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +38,7 @@ from medmax_jax.training import loss
 from medmax_jax.training.batch import Batch
 
 DOCUMENTS = 32  # of a step at most, whose gradients are in memory together
+SHARE = 0.05  # of the time of the steps
 
 
 class Places(NamedTuple):
@@ -40,6 +46,29 @@ class Places(NamedTuple):
 
     rows: Int[np.ndarray, "n"]
     segments: Int[np.ndarray, "n"]
+
+
+def steps_per_measurement(run: Run) -> float:
+    """Return the number of steps that take about as long as one measurement.
+
+    Counted in rows; measured on two CPU cores with configs/tiny.py: 3.1 for 4.
+    """
+    return DOCUMENTS * run.mesh.data * run.mesh.fsdp / run.data.batch_size
+
+
+def least_interval(run: Run) -> int:
+    """Return the smallest train.fisher_every that costs at most SHARE of the time of the steps."""
+    return math.ceil(steps_per_measurement(run) / SHARE)
+
+
+def describe_cost(run: Run) -> str:
+    """Return a line about the time that the measurements of a run take."""
+    every, share = run.train.fisher_every, steps_per_measurement(run) / run.train.fisher_every
+    advice = f"; {SHARE:.0%} or less from {least_interval(run)} on" if share > SHARE else ""
+    return (
+        f"Fisher information after every {every} steps, about {share:.1%} of the time of the "
+        f"steps{advice} (train.fisher_every)"
+    )
 
 
 def places(

@@ -273,8 +273,8 @@ class FisherReporter:
             gram = fisher.make_gram(job.graph, job.run)
             arguments = (state.trainable, job.frozen, batch, places)
             self._gram = _compiled(job, "the gradients of documents", gram, arguments)
-        index = data.records.index
-        names = data.records.names("task")
+        records = data.records_at(done - 1)
+        index, names = records.index, records.names("task")
         tasks = [names[number] for number in index["task"][numbers]]
         with job.clock.measure("eval"):
             gram = jax.device_get(self._gram(state.trainable, job.frozen, batch, places))
@@ -370,6 +370,8 @@ def log_run_summary(
     log(f"training {run.train.trains}: {trainable:,} of {trainable + frozen:,} parameters")
     for stage in stages.facts(run, state.trainable):
         log(stages.describe(stage))
+    if run.train.fisher_every:
+        log(fisher.describe_cost(run))
     if tables:
         tree = safetensors_file.flatten_named(state.trainable)
         tree |= safetensors_file.flatten_named(job.frozen)
@@ -402,7 +404,9 @@ def loss_legend(loss_weight: str, weights: Sequence[config.LossWeights]) -> str:
     parts = "text, image: mean over all scored text tokens, and over all scored image tokens"
     if any(w != config.LossWeights.off() for w in weights):
         factors = ", then ".join(
-            f"text {w.text:g}, image {w.image:g}" + (f", {w.tasks}" if w.tasks else "")
+            f"text {w.text:g}, image {w.image:g}"
+            + (f", {w.tasks}" if w.tasks else "")
+            + (f", pseudo {w.pseudo:g}" if w.pseudo != 1 else "")
             for w in weights
         )
         parts += (
@@ -420,7 +424,8 @@ def loss_legend(loss_weight: str, weights: Sequence[config.LossWeights]) -> str:
 
 def _note_start(job: TrainContext, start: int) -> None:
     """Add a line to history.jsonl: the data of the steps from here, for data.prepare who_saw."""
-    metadata = {name: job.meta[name] for name in ("data", "plan", "config")} | {"start": start}
+    names = ("data", "plan", "config", "stage_data")
+    metadata = {name: job.meta[name] for name in names if name in job.meta} | {"start": start}
     metadata["validation"] = job.eval_data.records.fingerprint if job.eval_data else ""
     with contextlib.closing(LogFile(job.work.folder / "history.jsonl", job.writer.log)) as file:
         file.write(json.dumps(metadata))

@@ -1,4 +1,4 @@
-"""Starts a run: checks before anything is loaded, the lock, the state to resume from.
+"""Starts a run: checks before anything is loaded, the lock, the state to resume from; exports it.
 
 checked -> open_workdir -> mesh, data, run_metadata
     -> restore_checkpoint (one that checkpoints/resume.py accepts) -> load_or_init_weights
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,7 +30,7 @@ from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh, shard_batch, with_shardings
 from medmax_jax.storage import hub
 from medmax_jax.storage.workdir import Workdir
-from medmax_jax.training import reporting, stages, step
+from medmax_jax.training import log_writer, reporting, stages, step
 from medmax_jax.training.batch import BatchSource
 from medmax_jax.training.reporting import TrainError
 
@@ -68,8 +69,12 @@ def checked(run: config.Run, options: Options) -> config.Run:
         )
     data = {name: hub.pinned(getattr(run.data, name)) for name in ("train", "validation")}
     weights = hub.pinned(run.train.init_from)
+    run_stages = tuple(
+        dataclasses.replace(stage, records=hub.pinned(stage.records)) for stage in run.stages
+    )
     return dataclasses.replace(
         run,
+        stages=run_stages,
         data=dataclasses.replace(run.data, **data),
         train=dataclasses.replace(run.train, init_from=weights),
     )
@@ -142,19 +147,31 @@ def restore_checkpoint(
 
 
 def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
-    """Return the config, versions, and fingerprints of the base weights and of the records."""
-    folder, records = run.train.init_from, train_data.records
+    """Return the config, versions, and fingerprints of the base weights and of the records.
+
+    Where stages have records of their own, `stage_data` and `stage_plans` are those of each stage
+    that can be loaded.
+    """
+    folder, of_stages = run.train.init_from, train_data.records_of_stages()
     base = f"random weights of seed {run.train.seed}, {run.train.prng_impl}"
     if folder:
-        layout = records.layout
-        export.check_base(folder, run, tokenizer=layout.tokenizer, vqgan=layout.vqgan)
+        for layout in (records.layout for records in of_stages):
+            export.check_base(folder, run, tokenizer=layout.tokenizer, vqgan=layout.vqgan)
         base = export.base_fingerprint(folder)
-    metadata = {name: records.meta[name] for name in ("sources", "credentials")}
+    metadata: dict[str, Any] = {name: {} for name in ("sources", "credentials")}
+    for name, counts in metadata.items():
+        for records in of_stages:  # pseudo records have the documents of the others, too
+            counts |= {n: max(counts.get(n, 0), count) for n, count in records.meta[name].items()}
     metadata |= {
-        "data": records.fingerprint,
+        "data": of_stages[0].fingerprint,
         "plan": train_data.plan,
         "versions": reporting.versions(),
     }
+    if any(stage.records for stage in run.stages):
+        metadata |= {
+            "stage_data": [records.fingerprint for records in of_stages],
+            "stage_plans": list(train_data.plans),
+        }
     return {"config": config.to_dict(run), "base": base} | metadata
 
 
@@ -181,6 +198,24 @@ def load_or_init_weights(
         return nnx.split(model, nnx.LoRAParam, ..., graph=False)[1]
 
     return None if restoring else jax.jit(adapters)(key), export.load(folder, like_frozen)
+
+
+def wandb_sink(
+    run: config.Run,
+    options: Options,
+    folder: pathlib.Path,
+    meta: dict[str, Any],
+    stack: contextlib.ExitStack,
+) -> Callable[[int, dict[str, float]], None] | None:
+    """Return a function that sends rows of metrics to Weights & Biases; None without --wandb."""
+    if not options.wandb or jax.process_index():
+        return None
+    send, close = log_writer.init_wandb(
+        options.wandb, run, name=folder.name, folder=str(folder), credentials=meta["credentials"],
+        listed=options.listed_hosts, environment=os.environ,
+    )  # fmt: skip
+    stack.callback(close)
+    return send
 
 
 def dry_run(
@@ -221,3 +256,43 @@ def dry_run(
         f"compiled the first step; {memory}\ndry run: no weights were loaded, no files were written"
     )
     return {"memory": memory}
+
+
+def parse_step_range(text: str) -> tuple[int, int] | None:
+    """Return the two numbers of 3:5; None for an empty text."""
+    first, colon, last = text.partition(":")
+    if not text:
+        return None
+    if not (colon and first.isdigit() and last.isdigit()):
+        raise config.ConfigError(
+            f"--profile_steps={text} is not a range of steps; write FIRST:LAST, for example 10:12"
+        )
+    return int(first), int(last)
+
+
+def export_result(
+    job: reporting.TrainContext, state: step.TrainState, done: int, suffix: str
+) -> str:
+    """Write the adapter or the model after `done` steps; return its path."""
+    run, metadata = job.run, job.meta | {"step": done}
+    job.checkpoints.wait()
+    if non_finite := _count_non_finite(state.trainable):
+        raise TrainError(
+            f"{non_finite} trained parameters are not finite, so nothing was exported; restart "
+            f"from an earlier step of {job.work.url('checkpoints')} with a lower optim.peak_lr"
+        )
+    if run.train.trains == "lora":
+        target = job.work.url(f"adapter{suffix}")
+        export.adapter(job.work.folder / f"adapter{suffix}", state.trainable, run, metadata)
+    else:
+        name = f"model{suffix}"
+        target, folder = job.work.url(name), job.work.folder / name
+        base = step.trained_base(job.graph, state.trainable, job.frozen)
+        for name in export.model(folder, base, run, data=metadata["data"], step=metadata["step"]):
+            job.writer.log(f"{target} has no {name}: config.train.init_from does not contain one")
+    return target
+
+
+def _count_non_finite(tree: PyTree) -> int:
+    count = jax.jit(lambda t: sum((~jnp.isfinite(x)).sum() for x in jax.tree.leaves(t)))
+    return int(count(tree))

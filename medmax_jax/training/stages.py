@@ -103,6 +103,7 @@ def facts(run: Run, trainable: PyTree) -> list[dict[str, Any]]:
             "last_step": start + stage.steps,
             "tokens": stage.steps * run.data.batch_size * run.data.seq_len,  # with padding
             "settings": settings(stage.mixing, stage.condition_dropout, stage.loss_weights),
+            "records": stage.records,
             "trains": stage.trains or run.train.trains,
             "trained": count_trained(trainable, stage.trains),
             "trainable": total,
@@ -113,10 +114,11 @@ def facts(run: Run, trainable: PyTree) -> list[dict[str, Any]]:
 
 def describe(stage: dict[str, Any]) -> str:
     """Format the facts of a stage as a line."""
+    records = f"records {stage['records']}, " if stage["records"] else ""
     return (
         f"stage {stage['stage']}: steps {stage['first_step']:,} to {stage['last_step']:,}, "
-        f"{stage['tokens']:,} tokens with padding; {stage['settings']}; trains {stage['trains']}: "
-        f"{stage['trained']:,} of {stage['trainable']:,} parameters"
+        f"{stage['tokens']:,} tokens with padding; {records}{stage['settings']}; "
+        f"trains {stage['trains']}: {stage['trained']:,} of {stage['trainable']:,} parameters"
     )
 
 
@@ -125,11 +127,15 @@ def settings(mixing: Mixing, dropout: ConditionDropout, weights: LossWeights) ->
     parts = [f"mixing by {mixing.by}: {mixing.weights or 'each document once'}"]
     parts += ["image_centric"] if mixing.image_centric else []
     parts += [f"leave_out {mixing.leave_out}"] if mixing.leave_out else []
+    parts += [] if mixing.pseudo else ["pseudo False"]
     parts += [f"fraction {mixing.fraction:g}"] if mixing.fraction != 1 else []
     for name, section in (("condition_dropout", dropout), ("loss_weights", weights)):
         if section != type(section).off():
             values = dataclasses.asdict(section).items()
-            parts.append(f"{name} " + " ".join(f"{n} {v}" for n, v in values if v != ""))
+            unset = (("tasks", ""), ("pseudo", 1.0))
+            parts.append(
+                f"{name} " + " ".join(f"{n} {v}" for n, v in values if (n, v) not in unset)
+            )
     return ", ".join(parts)
 
 

@@ -66,6 +66,41 @@ def test_the_example_of_the_docstring():
         image_density.decentralize(IMAGE, TASK, np.array([4, 3, 3]), seed=0)
 
 
+@settings(max_examples=100, deadline=None)
+@given(PAIRS, SEEDS, st.integers(1, 4), st.data())
+def test_densify_by_entries_finds_a_selection_if_there_is_one(pairs, seed, entries, data):
+    """Counts that `entries` documents of each of some images have, which may be all images."""
+    image, task = np.array(pairs).T
+    documents = np.flatnonzero(image >= 0)
+    enough = [n for n in set(image[documents].tolist()) if (image == n).sum() >= entries]
+    need = np.zeros(4, int)
+    for n in enough:
+        own = data.draw(st.permutations(np.flatnonzero(image == n).tolist()))
+        need += np.bincount(task[own[:entries]], minlength=4)
+    chosen = image_density.densify_by_entries(image, task, need, entries=entries, seed=seed)
+    assert np.bincount(task[chosen], minlength=4).tolist() == need.tolist()
+    assert len(set(chosen.tolist())) == len(chosen) and (image[chosen] >= 0).all()
+    assert set(np.bincount(image[chosen], minlength=1).tolist()) <= {0, entries}
+    again = image_density.densify_by_entries(image, task, need, entries=entries, seed=seed)
+    assert again.tolist() == chosen.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(PAIRS, SEEDS, st.integers(1, 3), st.data())
+def test_decentralize_by_entries_finds_a_selection_if_there_is_one(pairs, seed, entries, data):
+    image, task = np.array(pairs).T
+    need = np.zeros(4, int)
+    for n in set(image[image >= 0].tolist()):
+        counts = np.bincount(task[image == n], minlength=4)
+        if tasks := np.flatnonzero(counts >= entries).tolist():
+            need[data.draw(st.sampled_from(tasks))] += entries
+    chosen = image_density.decentralize_by_entries(image, task, need, entries=entries, seed=seed)
+    assert np.bincount(task[chosen], minlength=4).tolist() == need.tolist()
+    for n in set(image[chosen].tolist()):
+        own = chosen[image[chosen] == n]
+        assert n >= 0 and len(own) == entries and len(set(task[own].tolist())) == 1
+
+
 def test_scaled_counts():
     assert image_density.scaled_counts(np.array([6, 3, 1]), 5).tolist() == [3, 2, 0]
     assert image_density.scaled_counts(np.array([5, 0, 5]), 10).tolist() == [5, 0, 5]
@@ -128,12 +163,54 @@ def test_pseudo_documents_are_selected_counted_and_checked(sample, tmp_path, cap
     assert "ab" * 8 in page and "margin 0.5" in page
 
 
+def test_entries_change_the_number_of_images_and_nothing_else(sample, tmp_path, capsys):
+    """Equal documents of each task; the images of more entries are among those of fewer."""
+    arms, images = {}, {}
+    for entries in (1, 2, 4, 8):
+        out = tmp_path / str(entries)
+        words = ("--documents", 144, "--entries", entries, "--seed", 5)
+        arms[entries] = run(capsys, "densify", sample, "--out", out, *words)
+        records = open_records(out)
+        images[entries] = {document.image_path for document in records}
+        assert records.meta["notes"]["selection"]["entries"] == entries
+        per_image = arms[entries]["per_image"]["densify"]
+        assert per_image["entries"] == entries and per_image["images"] == 144 // entries
+    assert all(arm["tasks"] == arms[1]["tasks"] for arm in arms.values())
+    assert images[8] < images[4] < images[2] < images[1]
+    kinds = [arm["per_image"]["densify"]["tasks"] for arm in arms.values()]
+    assert kinds[0] == 1 and kinds == sorted(kinds) and kinds[-1] > 4.1
+
+    spread = run(capsys, "decentralize", sample, "--out", tmp_path / "d", "--like", tmp_path / "8",
+                 "--entries", 2)  # fmt: skip
+    assert spread["tasks"] == arms[8]["tasks"]
+    assert spread["per_image"]["decentralize"]["tasks"] == 1.0
+    assert spread["per_image"]["decentralize"]["entries"] > 1.9
+
+
+def test_entries_that_a_pool_cannot_give_are_refused(sample, tmp_path, capsys):
+    out = tmp_path / "out"
+    for words, expected in (
+        (("--documents", 300, "--entries", 1), "only 150 have as many, for at most 150 documents"),
+        (("--documents", 150, "--entries", 4), "use a multiple, such as 148 or 152"),
+        (("--documents", 96, "--entries", 48), "only 0 have as many"),
+        (("--documents", 96, "--entries", 0), "--entries is 0; it must be at least 1"),
+        (("--documents", 4240, "--entries", 40), "a smaller --entries"),
+    ):
+        message = run(capsys, "densify", sample, "--out", out, *words)
+        assert expected in message
+    message = run(capsys, "decentralize", sample, "--out", out, "--documents", 200, "--entries", 1)
+    assert "200 documents are needed, but only 150 can be selected" in message
+    with pytest.raises(RecordsError, match="of task 1 1 of 3 are missing"):
+        image_density.densify_by_entries(IMAGE, TASK, np.array([1, 3, 0]), entries=2, seed=0)
+    assert not out.exists()
+
+
 def test_selections_that_cannot_be_made_are_refused(sample, tmp_path, capsys):
     out = tmp_path / "out"
     message = run(capsys, "decentralize", sample, "--out", out, "--documents", 10**6)
     assert "--documents is 1000000; it must be 1 to" in message
     message = run(capsys, "decentralize", sample, "--out", out, "--like", sample)
-    assert "are missing" in message and "use a smaller --documents" in message
+    assert "are missing" in message and "use another --documents" in message
     other = micro_run.write(tmp_path / "other")
     message = run(capsys, "densify", sample, "--out", out, "--like", other)
     assert "no document has an image" in message or "which the pool lacks" in message

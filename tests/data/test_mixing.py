@@ -20,11 +20,18 @@ DATA = config.Data(
 
 
 def mixed(
-    weights="", by="source", unit="documents", image_centric=False, leave_out="", fraction=1.0
+    weights="",
+    by="source",
+    unit="documents",
+    image_centric=False,
+    leave_out="",
+    fraction=1.0,
+    image_window=256,
 ):
     return config.Mixing(
         by=by, unit=unit, weights=weights, image_centric=image_centric,
-        leave_out=leave_out, fraction=fraction, fraction_seed=0,
+        image_window=image_window, leave_out=leave_out, pseudo=True, fraction=fraction,
+        fraction_seed=0,
     )  # fmt: skip
 
 
@@ -183,9 +190,7 @@ IMAGES = st.lists(st.integers(-1, 40), min_size=1, max_size=300).map(np.array)
 @given(IMAGES, SEEDS, st.integers(0, 3))
 def test_each_image_is_in_one_window(images, seed, epoch):
     documents = np.arange(len(images)) * 2
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixing, "IMAGE_WINDOW", 20)
-        windows = mixing.group_by_image(documents, images, seed=seed, epoch=epoch)
+    windows = mixing.group_by_image(documents, images, size=20, seed=seed, epoch=epoch)
     assert sorted(np.concatenate(windows)) == documents.tolist()
     where = np.concatenate([[n] * len(w) for n, w in enumerate(windows)])
     window_of = dict(zip(np.concatenate(windows), where, strict=True))
@@ -204,6 +209,9 @@ def test_image_centric_plans_are_reshuffled_and_complete():
     row_of = np.repeat(np.arange(len(first)), np.diff(first.starts))
     rows = [row_of[images[first.documents] == p] for p in range(500)]
     assert max(np.ptp(r) for r in rows) <= 50  # a window of 256 documents has 43 rows of 6
+    small = mixing.epochs(records, DATA, mixed(image_centric=True, image_window=40)).first
+    row_of = np.repeat(np.arange(len(small)), np.diff(small.starts))
+    assert max(np.ptp(row_of[images[small.documents] == p]) for p in range(500)) <= 8
     second = np.concatenate([epochs.row(len(first) + i).documents for i in range(len(first))])
     assert sorted(second) == list(range(2_000)) and not np.array_equal(second, first.documents)
 

@@ -33,7 +33,7 @@ ONE = (1, 1, 1)
 SLOW_MESHES = [pytest.param(m, marks=pytest.mark.slow) for m in ((1, 8, 1), (1, 2, 4))]
 WEIGHTS = ["document", "token"]
 TASKS = ("VQA", "Visual Chat", "Image Generation")
-FACTORS = config.LossWeights(text=0.5, image=3.0, tasks="VQA=0.25, Image Generation=2")
+FACTORS = config.LossWeights(text=0.5, image=3.0, tasks="VQA=0.25, Image Generation=2", pseudo=1.0)
 NEVER = 1e9  # a norm that no gradient has
 
 
@@ -296,11 +296,11 @@ def test_equal_factors_change_nothing(lora_run):
     """Bit for bit: factors of 1, and where all tasks have the same factor, up to rounding."""
     plain = first_batch(lora_run)
     for weights, exact in (
-        (config.LossWeights(text=1.0, image=1.0, tasks="VQA=1"), True),
-        (config.LossWeights(text=3.0, image=3.0, tasks=""), False),
+        (config.LossWeights(text=1.0, image=1.0, tasks="VQA=1", pseudo=1.0), True),
+        (config.LossWeights(text=3.0, image=3.0, tasks="", pseudo=1.0), False),
         (
             config.LossWeights(
-                text=1.0, image=1.0, tasks="VQA=7, Visual Chat=7, Image Generation=7"
+                text=1.0, image=1.0, tasks="VQA=7, Visual Chat=7, Image Generation=7", pseudo=1.0
             ),
             False,
         ),

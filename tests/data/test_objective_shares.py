@@ -72,11 +72,13 @@ def test_example_of_the_docstring():
     expected = dict(document=50, document_image=100 / 3, token=75, token_image=50)
     assert table["Image Generation"] == pytest.approx(expected)
     # Half the weight of the codes: 1/3 + 1/3 of 50 against 50, and one token of each kind.
-    half = objective.shares(kinds, config.LossWeights(text=1.0, image=0.5, tasks=""))
+    half = objective.shares(kinds, config.LossWeights(text=1.0, image=0.5, tasks="", pseudo=1.0))
     assert half["VQA"] == pytest.approx(
         dict(document=60, document_image=0, token=100 / 3, token_image=0)
     )
-    twice = objective.shares(kinds, config.LossWeights(text=1.0, image=1.0, tasks="VQA=2"))
+    twice = objective.shares(
+        kinds, config.LossWeights(text=1.0, image=1.0, tasks="VQA=2", pseudo=1.0)
+    )
     assert twice["VQA"]["document"] == pytest.approx(200 / 3)
     assert twice["VQA"]["token"] == pytest.approx(40)
 

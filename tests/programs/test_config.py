@@ -27,7 +27,7 @@ LAUNCHES = {  # sections of docs/guides/launch.md: devices, and whether they are
     "name",
     ["base", "tiny", "tiny_base", "tiny_instruct", "chameleon_30b", "medmax_7b_paper",
      "medmax_7b_lora", "medmax_7b_images", "medmax_7b_qlora", "medmax_7b_full",
-     "medmax_7b_unimedvl_stages", "chameleon_30b_lora"],
+     "medmax_7b_unimedvl_stages", "chameleon_30b_lora", "imax_tiny", "imax_7b"],
 )  # fmt: skip
 def test_every_config_file_builds_and_survives_a_round_trip(name):
     run = config.from_config_dict(importlib.import_module(f"configs.{name}").get_config())

@@ -368,7 +368,11 @@ def test_a_sweep_without_a_machine_is_not_rendered_for_one(tmp_path):
         rendered(tmp_path, expand.plan_runs(sweep({"seeds": (0,)})), "xpk")
 
 
-@pytest.mark.parametrize("name", ["sweep_tiny", "sweep_tiny_lora", "sweep_medmax_7b_data"])
+SHIPPED = {"sweep_tiny": 32, "sweep_tiny_lora": 24, "sweep_medmax_7b_data": 4}
+SHIPPED |= {"sweep_imax_tiny": 15}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_sweeps_expand(name):
     runs = expand.plan_runs(expand.load([f"--config=configs/{name}.py"]))
-    assert len(runs) == {"sweep_tiny": 32, "sweep_tiny_lora": 24, "sweep_medmax_7b_data": 4}[name]
+    assert len(runs) == SHIPPED[name]

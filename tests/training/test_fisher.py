@@ -142,3 +142,12 @@ def test_requires_adapters():
     message = r"train\.fisher_every is 5; .*0 when train\.trains"
     with pytest.raises(config.ConfigError, match=message):
         micro_run.run(train__fisher_every=5, train__trains="full", lora__rank=0)
+
+
+def test_cost_and_interval_follow_from_the_rows():
+    for rows, fsdp, every, share, least in ((8, 1, 40, "10.0%", 80), (8, 8, 1_280, "2.5%", 640)):
+        run = micro_run.run(data__batch_size=rows, mesh__fsdp=fsdp, train__fisher_every=every)
+        line = fisher.describe_cost(run)
+        assert fisher.least_interval(run) == least and f"about {share} of the time" in line
+        assert ("5% or less from 80 on" in line) is (every < least)
+        assert fisher.steps_per_measurement(run) / least <= fisher.SHARE
