@@ -71,6 +71,7 @@ from medmax_jax.training.cross_entropy import num_chunks, weighted_nll
 
 ROWS, WINDOW = 8, 44  # rows of a step, and documents of a window: about two steps, as at 7B
 POINTS = 3  # of training at which SE and rho are measured
+KEPT = POINTS + 3  # checkpoints; the others are those of the ends of three stages
 PER_CELL = 3  # held-out documents of each family and group
 ASKED = 98  # items of each family; there are 98 of multiple choice
 FAMILIES = ("vqa_closed", "vqa_mcq")  # their accuracy needs no judge
@@ -173,7 +174,7 @@ def settings_of(arm: str, seed: int, steps: int, planned: int, pseudo: str = "")
     c.train.update(
         steps=steps, seed=seed, samples=0, log_every=max(steps // POINTS, 1), eval_every=0,
         fisher_every=max(steps // POINTS, 1), checkpoint_every=max(steps // POINTS, 1),
-        keep=POINTS + 2,
+        keep=KEPT,
     )  # fmt: skip
     if arm in STAGED:
         first, second = planned // 2, planned // 3
@@ -201,7 +202,8 @@ def run_of(work: pathlib.Path, arm: str, seed: int, args: Any) -> tuple[config.R
     more = steps + steps // 3 + 8
     longer = config.from_config_dict(settings_of(arm, seed, more, steps, pseudo))
     scored = scored_tokens(longer, folder)
-    nearest = int(np.argmin(np.abs(scored - target)))
+    earlier = steps // 2 + steps // 3 if arm in STAGED else 0  # of all stages but the last
+    nearest = earlier + int(np.argmin(np.abs(scored[earlier:] - target)))
     share = scored[nearest] / target
     assert abs(share - 1) < 1 / steps, (arm, share)  # within the tokens of a step
     tasks = open_records(folder).meta["tasks"]
@@ -288,7 +290,7 @@ def states(run: config.Run, folder: pathlib.Path, m: Measures) -> Iterator[Any]:
     """Yield the adapters of the checkpoints at POINTS of a run."""
     like = sharding.with_shardings(jax.eval_shape(lambda t: step.init_state(t, run), m.like))
     with setup.open_workdir(folder) as opened:
-        store = CheckpointManager(opened, keep=POINTS + 2, log=print)
+        store = CheckpointManager(opened, keep=KEPT, log=print)
         try:
             for point in range(1, POINTS + 1):
                 yield store.restore(point * run.train.checkpoint_every, like)[0].trainable

@@ -141,7 +141,7 @@ def summary(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         nll=contrasts(nll, list(next(iter(nll.values())))),
         accuracy=contrasts(accuracy, list(next(iter(accuracy.values())))),
         slopes=slopes(nll, list(next(iter(nll.values())))),
-        accuracy_slopes=slopes(accuracy, ["all"]),
+        accuracy_slopes=[row | dict(name="accuracy") for row in slopes(accuracy, ["all"])],
         probe=spectra({name: arm["probe"] for name, arm in arms.items()}),
         batch=spectra({name: arm["batch"] for name, arm in arms.items()}),
     )
@@ -208,7 +208,7 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
         entries=table(
             ("NLL by family", *(f"{n}" for n in ENTRIES), "slope"),
             [[row["name"], *(f"{mean:.3f}" for mean in row["means"]), cell(row, "slope")]
-             for row in parts["slopes"]],
+             for row in (*parts["slopes"], *parts["accuracy_slopes"])],
         ) if parts["slopes"] else "",
         statistics=table(
             ("difference", "SE, probe", "rho, probe", "SE, own steps", "rho, own steps"),

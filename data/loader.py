@@ -19,6 +19,7 @@ their sum is made 1 again.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -45,13 +46,10 @@ def train_batches(run: Run, folder: str) -> "BatchLoader | StagedLoader":
     """Return the training batches: `run.train.steps` batches, over as many epochs as they need."""
     if not run.stages:
         return BatchLoader(run, folder, one_pass=False)
-    opened: dict[str, reader.Records] = {}  # the folder of several stages is opened once
+    opened = functools.cache(reader.open_records)  # the folder of several stages is opened once
 
     def load(part: Run, own: str) -> BatchLoader:
-        path = own or folder
-        if path not in opened:
-            opened[path] = reader.open_records(path)
-        return BatchLoader(part, path, opened[path], one_pass=False)
+        return BatchLoader(part, own or folder, opened(own or folder), one_pass=False)
 
     return StagedLoader(run, load)
 
@@ -78,10 +76,9 @@ class BatchLoader:
         self._run = run
         self._host = jax.process_index() if host is None else host
         self._hosts = jax.process_count() if hosts is None else hosts
-        self._check()
+        self._check(one_pass)
         self._mixing = run.mixing
         if one_pass:  # each held-out document once and complete, whatever training draws or weighs
-            self._check_held_out()
             self._mixing = dataclasses.replace(run.mixing, weights="", leave_out="", fraction=1.0)
             complete = dataclasses.replace(run.data, condition_dropout=ConditionDropout.off())
             unweighted = dataclasses.replace(run.loss, weights=LossWeights.off())
@@ -265,21 +262,18 @@ class BatchLoader:
                 "so nothing would train; increase a weight"
             )
 
-    def _check_held_out(self) -> None:
-        """Raise RecordsError on generated answers: a held-out loss is one of real answers."""
-        if count := self.records.meta.get("pseudo", 0):
-            raise RecordsError(
-                f"config.data.validation is {self.records.folder}, in which a model generated the "
-                f"answers of {count} documents; use records without them"
-            )
-
     def _in_range(self, step: int) -> int:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}; increase train.steps to continue")
         return step
 
-    def _check(self) -> None:
+    def _check(self, held_out: bool) -> None:
         run, layout, folder = self._run, self.records.layout, self.records.folder
+        if held_out and (count := self.records.meta.get("pseudo", 0)):
+            raise RecordsError(
+                f"config.data.validation is {folder}, in which a model generated the answers of "
+                f"{count} documents; a held-out loss is one of real answers: use other records"
+            )
         if layout.vocab != run.vocab:
             raise RecordsError(
                 f"{folder}: vocabulary is {layout.vocab}, but config.vocab is {run.vocab}; prepare "

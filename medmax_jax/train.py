@@ -21,17 +21,14 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import pathlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from medmax_jax import cli, config, make_callable
@@ -111,7 +108,7 @@ def main(settings: ConfigDict, workdir: str) -> None:
     options = setup.Options(
         extend=FLAGS.extend,
         dry_run=FLAGS.dry_run,
-        profile=_parse_step_range(FLAGS.profile_steps),
+        profile=setup.parse_step_range(FLAGS.profile_steps),
         wandb=FLAGS.wandb,
         listed_hosts=tuple(FLAGS.listed_host),
     )
@@ -150,7 +147,7 @@ def run(
 
         # ---- log
         meta = setup.run_metadata(run, train_data)
-        sinks = [options.on_metrics, _wandb_sink(run, options, folder, meta, stack)]
+        sinks = [options.on_metrics, setup.wandb_sink(run, options, folder, meta, stack)]
         writer = log_writer.MetricWriter(str(folder), [sink for sink in sinks if sink])
         stack.callback(writer.close)
 
@@ -339,12 +336,11 @@ def _stop_for_records(job: TrainContext, state: step.TrainState, done: int) -> N
     """Export the model of the stage that has ended and stop: the next one has no records yet."""
     number = stages.at(job.run, done)
     with job.clock.measure("checkpoint"), jax.transfer_guard("allow"):
-        target = _export(job, state, done, f"_stage_{number - 1}")
+        target = setup.export_result(job, state, done, f"_stage_{number - 1}")
     run, own = job.run, job.run.stages[number].records
-    model = ["--model", run.train.init_from, "--adapter", target]
-    if run.train.trains != "lora":
-        model = ["--model", target]
-    words = ["medmax_jax.data.prepare", "pseudo", run.data.train, *model, "--out", own]
+    lora = run.train.trains == "lora"
+    model = [run.train.init_from, "--adapter", target] if lora else [target]
+    words = ["medmax_jax.data.prepare", "pseudo", run.data.train, "--model", *model, "--out", own]
     message = (
         f"stage {number} reads {own}, which does not exist yet. To make it with the model of stage "
         f"{number - 1}: python -m {shlex.join(words)}; then {cli.RESUME}"
@@ -356,7 +352,7 @@ def _stop_for_records(job: TrainContext, state: step.TrainState, done: int) -> N
 def _finish(job: TrainContext, state: step.TrainState, last: dict[str, float]) -> dict[str, Any]:
     run = job.run
     with job.clock.measure("checkpoint"):
-        target = _export(job, state, run.train.steps, "")
+        target = setup.export_result(job, state, run.train.steps, "")
     clock = job.clock.report()
     seconds_by_purpose = " ".join(
         f"{name} {seconds:.1f}" for name, seconds in job.clock.seconds.items()
@@ -366,61 +362,6 @@ def _finish(job: TrainContext, state: step.TrainState, last: dict[str, float]) -
         f"({seconds_by_purpose}), goodput {clock['goodput']:.2f}; exported to {target}"
     )
     return last | {"step": run.train.steps, "export": target, "goodput": clock["goodput"]}
-
-
-def _export(job: TrainContext, state: step.TrainState, done: int, suffix: str) -> str:
-    """Write the adapter or the model after `done` steps; return its path."""
-    run, metadata = job.run, job.meta | {"step": done}
-    job.checkpoints.wait()
-    if non_finite := _count_non_finite(state.trainable):
-        raise TrainError(
-            f"{non_finite} trained parameters are not finite, so nothing was exported; restart "
-            f"from an earlier step of {job.work.url('checkpoints')} with a lower optim.peak_lr"
-        )
-    if run.train.trains == "lora":
-        target = job.work.url(f"adapter{suffix}")
-        export.adapter(job.work.folder / f"adapter{suffix}", state.trainable, run, metadata)
-    else:
-        name = f"model{suffix}"
-        target, folder = job.work.url(name), job.work.folder / name
-        base = step.trained_base(job.graph, state.trainable, job.frozen)
-        for name in export.model(folder, base, run, data=metadata["data"], step=metadata["step"]):
-            job.writer.log(f"{target} has no {name}: config.train.init_from does not contain one")
-    return target
-
-
-def _count_non_finite(tree: PyTree) -> int:
-    count = jax.jit(lambda t: sum((~jnp.isfinite(x)).sum() for x in jax.tree.leaves(t)))
-    return int(count(tree))
-
-
-def _parse_step_range(text: str) -> tuple[int, int] | None:
-    """Return the two numbers of 3:5; None for an empty text."""
-    first, colon, last = text.partition(":")
-    if not text:
-        return None
-    if not (colon and first.isdigit() and last.isdigit()):
-        raise config.ConfigError(
-            f"--profile_steps={text} is not a range of steps; write FIRST:LAST, for example 10:12"
-        )
-    return int(first), int(last)
-
-
-def _wandb_sink(
-    run: config.Run,
-    options: setup.Options,
-    folder: pathlib.Path,
-    meta: dict[str, Any],
-    stack: contextlib.ExitStack,
-) -> Callable[[int, dict[str, float]], None] | None:
-    if not options.wandb or jax.process_index():
-        return None
-    send, close = log_writer.init_wandb(
-        options.wandb, run, name=folder.name, folder=str(folder), credentials=meta["credentials"],
-        listed=options.listed_hosts, environment=os.environ,
-    )  # fmt: skip
-    stack.callback(close)
-    return send
 
 
 make_callable(__name__)

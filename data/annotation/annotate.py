@@ -51,14 +51,18 @@ class Caps:
     task: float
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class Verdict:
-    """What became of a question. `below`: all filters that reject it."""
+    """What became of a question. `below`: all filters that reject it.
+
+    `contradicts`: the answer excludes what a document of the image states, whatever the filters do.
+    """
 
     question: Question
     answer: str
     scores: dict[str, float]
     below: list[str]
+    contradicts: bool
     outcome: str
 
 
@@ -74,7 +78,7 @@ def judge(
     verdicts = []
     for q in questions:
         answer, agreement = evidence.best(q, sampled[q.id]["replies"], tokenizer)
-        line, scores, below = measured.get(q.id), {}, []
+        line, scores, below, contradicts = measured.get(q.id), {}, [], False
         if not answer:
             outcome = "unusable"
         elif line is None:
@@ -87,12 +91,9 @@ def judge(
                 scores["margin"] = filters.margin(line["likelihoods"])
             scores = {name: round(scores[name], 4) for name in FILTERS if name in scores}
             below = filters.failed(scores, thresholds)
-            outcome = below[0] if below else "kept"
-            if not below and filters.contradicted(q, answer, images[q.image].stated):
-                outcome = "contradicts"
-        verdicts.append(
-            Verdict(question=q, answer=answer, scores=scores, below=below, outcome=outcome)
-        )
+            contradicts = filters.contradicted(q, answer, images[q.image].stated)
+            outcome = [*below, *["contradicts"] * contradicts, "kept"][0]
+        verdicts.append(Verdict(q, answer, scores, below, contradicts, outcome))
     return verdicts
 
 
@@ -198,7 +199,8 @@ def counts(
 ) -> dict[str, dict[str, Any]]:
     """Return the counts of images and questions of each kind; they add up, or this raises.
 
-    `below_FILTER` counts every answer that a filter rejects, also those that another one rejects.
+    `below_FILTER` counts every answer that a filter rejects, also those that another one rejects,
+    and `contradicting` all answers that contradict a document, of the `scored` ones.
     """
     table = {}
     for kind, of_images in states.items():
@@ -212,6 +214,8 @@ def counts(
             images={"missing": of_images.total() - of_images["present"], **of_images},
             questions=len(own),
             outcomes={name: outcomes[name] for name in OUTCOMES},
+            scored=sum(bool(v.scores) for v in own),
             **{f"below_{name}": below[name] for name in FILTERS},
+            contradicting=sum(v.contradicts for v in own),
         )
     return table

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -263,7 +264,8 @@ def _check_same(
     facts = dict(
         records=records.fingerprint, generator=generator, tasks=sorted(set(args.tasks)),
         samples=args.samples, temperature=args.temperature, seed=args.seed,
-        parameters=args.parameters, evaluation=sorted(evaluation),
+        parameters=args.parameters,
+        evaluation=hashlib.sha256("".join(sorted(evaluation)).encode()).hexdigest(),
     )  # fmt: skip
     path = args.out / RUN
     if not path.exists():

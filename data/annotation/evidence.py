@@ -106,6 +106,8 @@ def _stage(
                 clock.tick(name.removesuffix(".jsonl"), len(added))
     lines = {q.id: lines[q.id] for q in questions if q.id in lines}
     if left := len(questions) - len(lines):
+        if work.stopped():
+            raise Interrupted(f"{STOPPED}: {left} questions are left")
         raise Interrupted(
             f"{left} of {len(questions)} questions had no reply; rerun the same command to ask "
             f"them again. Last error: {work.generator.last_error}"

@@ -65,6 +65,8 @@ def _digest(*facts: str) -> str:
 class EngineGenerator:
     """Answers with a model folder and an adapter."""
 
+    last_error = ""  # it has an answer to every prompt
+
     def __init__(
         self, folder: Path, adapter: Path | None, *, rows: int, temperature: float, seed: int
     ):

@@ -50,6 +50,7 @@ KINDS = {
     "generation": Kind(task=GENERATION, max_tokens=128, questions=1, is_free_text=True),
 }
 YES_NO = ("yes", "no")
+# Verbatim: part of the data.
 DESCRIBE = {
     "caption": "Please describe this picture.",
     "generation": "Provide a brief overview of what is shown in the image",

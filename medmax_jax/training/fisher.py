@@ -51,7 +51,7 @@ class Places(NamedTuple):
 def steps_per_measurement(run: Run) -> float:
     """Return the number of steps that take about as long as one measurement.
 
-    Counted in rows; measured on two CPU cores with configs/imax_tiny.py: 3.1 for 4.
+    Counted in rows; measured on two CPU cores with configs/tiny.py: 3.1 for 4.
     """
     return DOCUMENTS * run.mesh.data * run.mesh.fsdp / run.data.batch_size
 

@@ -1,4 +1,4 @@
-"""Starts a run: checks before anything is loaded, the lock, the state to resume from.
+"""Starts a run: checks before anything is loaded, the lock, the state to resume from; exports it.
 
 checked -> open_workdir -> mesh, data, run_metadata
     -> restore_checkpoint (one that checkpoints/resume.py accepts) -> load_or_init_weights
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,7 +30,7 @@ from medmax_jax.models import chameleon
 from medmax_jax.sharding import make_mesh, shard_batch, with_shardings
 from medmax_jax.storage import hub
 from medmax_jax.storage.workdir import Workdir
-from medmax_jax.training import reporting, stages, step
+from medmax_jax.training import log_writer, reporting, stages, step
 from medmax_jax.training.batch import BatchSource
 from medmax_jax.training.reporting import TrainError
 
@@ -199,6 +200,24 @@ def load_or_init_weights(
     return None if restoring else jax.jit(adapters)(key), export.load(folder, like_frozen)
 
 
+def wandb_sink(
+    run: config.Run,
+    options: Options,
+    folder: pathlib.Path,
+    meta: dict[str, Any],
+    stack: contextlib.ExitStack,
+) -> Callable[[int, dict[str, float]], None] | None:
+    """Return a function that sends rows of metrics to Weights & Biases; None without --wandb."""
+    if not options.wandb or jax.process_index():
+        return None
+    send, close = log_writer.init_wandb(
+        options.wandb, run, name=folder.name, folder=str(folder), credentials=meta["credentials"],
+        listed=options.listed_hosts, environment=os.environ,
+    )  # fmt: skip
+    stack.callback(close)
+    return send
+
+
 def dry_run(
     run: config.Run, load_data: Callable[[], tuple[BatchSource, BatchSource | None]]
 ) -> dict[str, Any]:
@@ -237,3 +256,43 @@ def dry_run(
         f"compiled the first step; {memory}\ndry run: no weights were loaded, no files were written"
     )
     return {"memory": memory}
+
+
+def parse_step_range(text: str) -> tuple[int, int] | None:
+    """Return the two numbers of 3:5; None for an empty text."""
+    first, colon, last = text.partition(":")
+    if not text:
+        return None
+    if not (colon and first.isdigit() and last.isdigit()):
+        raise config.ConfigError(
+            f"--profile_steps={text} is not a range of steps; write FIRST:LAST, for example 10:12"
+        )
+    return int(first), int(last)
+
+
+def export_result(
+    job: reporting.TrainContext, state: step.TrainState, done: int, suffix: str
+) -> str:
+    """Write the adapter or the model after `done` steps; return its path."""
+    run, metadata = job.run, job.meta | {"step": done}
+    job.checkpoints.wait()
+    if non_finite := _count_non_finite(state.trainable):
+        raise TrainError(
+            f"{non_finite} trained parameters are not finite, so nothing was exported; restart "
+            f"from an earlier step of {job.work.url('checkpoints')} with a lower optim.peak_lr"
+        )
+    if run.train.trains == "lora":
+        target = job.work.url(f"adapter{suffix}")
+        export.adapter(job.work.folder / f"adapter{suffix}", state.trainable, run, metadata)
+    else:
+        name = f"model{suffix}"
+        target, folder = job.work.url(name), job.work.folder / name
+        base = step.trained_base(job.graph, state.trainable, job.frozen)
+        for name in export.model(folder, base, run, data=metadata["data"], step=metadata["step"]):
+            job.writer.log(f"{target} has no {name}: config.train.init_from does not contain one")
+    return target
+
+
+def _count_non_finite(tree: PyTree) -> int:
+    count = jax.jit(lambda t: sum((~jnp.isfinite(x)).sum() for x in jax.tree.leaves(t)))
+    return int(count(tree))

@@ -102,7 +102,7 @@ def test_the_page_has_the_stored_numbers():
 
 @pytest.mark.slow
 def test_quick_form_trains_resumes_and_compares(tmp_path):
-    words = ("--workdir", str(tmp_path / "w"), "--seeds", "1", "--steps", "6", "--out",
+    words = ("--workdir", str(tmp_path / "w"), "--seeds", "1", "--steps", "12", "--out",
              str(tmp_path), "--arms", "dmax,imax,plain,windows")  # fmt: skip
     command = [sys.executable, str(ROOT / "benchmarks" / "imax.py"), *words]
     done = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for _ in range(2)]
