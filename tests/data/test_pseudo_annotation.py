@@ -19,7 +19,7 @@ from llm_server import completion, serving, short_waits  # noqa: F401
 
 from medmax_jax.data import prepare
 from medmax_jax.data.analysis import check, near_duplicates
-from medmax_jax.data.annotation import cli, evidence, filters, kinds, overlap
+from medmax_jax.data.annotation import cli, evidence, filters, kinds, overlap, questions
 from medmax_jax.data.annotation.generators import Choice
 from medmax_jax.data.image_tokens.encoder import load_encoder
 from medmax_jax.data.records import writer
@@ -27,8 +27,6 @@ from medmax_jax.data.records.document import check_document
 from medmax_jax.data.records.jsonl import to_text
 from medmax_jax.data.records.reader import open_records
 from medmax_jax.io import journal
-from medmax_jax.models.tokenizer import Tokenizer
-from medmax_jax.models.vocab import RELEASED
 
 ROOT = pathlib.Path(__file__).parents[2]
 ADAPTER = ROOT / "medmax_jax" / "tiny_adapter"
@@ -36,14 +34,17 @@ TASKS = ("Image Generation", "Image Captioning", "VQA")
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_file(
-        prepare.TINY / "tokenizer.json", dataclasses.replace(RELEASED, **TINY_VOCAB)
-    )
+def encoder():
+    return load_encoder(prepare.TINY)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(encoder):
+    return encoder.tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
-def computed_once():
+def computed_once(encoder):
     """Compute with the VQGAN what all runs have in common once: hashes, and evaluation images."""
     patch = pytest.MonkeyPatch()
     looks, real_looks = {}, near_duplicates.hash_codes
@@ -57,22 +58,19 @@ def computed_once():
     patch.setattr(near_duplicates, "hash_codes", hash_codes)
     items = overlap._sample_items()
     patch.setattr(overlap, "_sample_items", lambda: (items[0], items[1][:8], items[2]))
-    encoder_of = functools.cache(load_encoder)
     read = functools.cache(overlap.read_evaluation)
     patch.setattr(overlap, "read_evaluation", lambda a, *rest: read(tuple(a), *rest))
-    patch.setattr(check, "resolve_encoder", lambda records, model: encoder_of(model))
+    patch.setattr(check, "resolve_encoder", lambda records, model: encoder)
     yield
     patch.undo()
 
 
-TINY_VOCAB = dict(size=9728, image_codes=256, text_start=8712)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, encoder):
     """Six real images, each with the documents of one task: a DMAX."""
     pool = tmp_path_factory.mktemp("pool")
-    prepare.prepare_sample(pool / "all", split="validation")
+    loaded = dict(vq=encoder.vq, tokenizer=encoder.tokenizer)
+    prepare.prepare_sample(pool / "all", split="validation", **loaded)
     records = open_records(pool / "all")
     paths = sorted({d.image_path for d in records})
     task = {path: TASKS[n % len(TASKS)] for n, path in enumerate(paths)}
@@ -320,6 +318,24 @@ def test_items_with_the_files_of_training_images_are_excluded_by_bytes(run, fold
     assert run(*flags, "--eval_images", prepare.SAMPLE)[0] == 0
     overlap_counts = read_report(run.out)["overlap"]
     assert overlap_counts["images"] == 1 and overlap_counts["evaluation_images"] == 1
+
+
+@pytest.mark.parametrize(("bits", "excluded"), [(0, True), (15, True), (16, False)])
+def test_near_duplicates_are_excluded_up_to_15_bits(folder, encoder, bits, excluded):
+    records = open_records(folder)
+    images = questions.read_images(records, encoder.tokenizer)
+    first = next(iter(images[0].variants.values()))
+    (look,) = near_duplicates.hash_codes(encoder, [first])
+    changed = look.copy()
+    changed[: bits // 8] ^= np.uint32(0xFF)
+    changed[7] ^= np.uint32((1 << bits % 8) - 1)
+    evaluation = overlap.EvalImages(
+        codes=frozenset(), files=frozenset(), looks=changed[None], count=1
+    )
+    gate = overlap.compare(images, evaluation, encoder, lambda line: None)
+    assert gate.excluded == ({0: "look"} if excluded else {})
+    assert set(images[0].variants).isdisjoint(gate.compared) == excluded
+    assert set(images[1].variants) <= gate.compared
 
 
 def test_the_written_folder_is_checked_again(run, monkeypatch):
