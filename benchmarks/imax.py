@@ -52,6 +52,7 @@ import imax_results as results
 
 from medmax_jax import arguments, cli, config, sharding
 from medmax_jax import train as train_program
+from medmax_jax.checkpoints import export
 from medmax_jax.checkpoints.manager import CheckpointManager
 from medmax_jax.configs import eval_tiny, imax_tiny, tiny
 from medmax_jax.data import loader, prepare
@@ -65,12 +66,14 @@ from medmax_jax.eval.models import base
 from medmax_jax.eval.pipeline import inference
 from medmax_jax.eval.tasks import selection
 from medmax_jax.generation import model_bundle
+from medmax_jax.models import chameleon
 from medmax_jax.models.vocab import EOS, SEP, is_image
 from medmax_jax.training import fisher, setup, step
 from medmax_jax.training.cross_entropy import num_chunks, weighted_nll
 
 ROWS, WINDOW = 8, 44  # rows of a step, and documents of a window: about two steps, as at 7B
 POINTS = 3  # of training at which SE and rho are measured
+KEPT = POINTS + 3  # checkpoints; the others are those of the ends of three stages
 PER_CELL = 3  # held-out documents of each family and group
 ASKED = 98  # items of each family; there are 98 of multiple choice
 FAMILIES = ("vqa_closed", "vqa_mcq")  # their accuracy needs no judge
@@ -83,8 +86,6 @@ ARMS = (
     "plain",
     *STAGED,
 )
-
-
 MEASURED = ("nll", "accuracy", "probe", "batch")  # of a run, apart from what it trained on
 
 
@@ -173,7 +174,7 @@ def settings_of(arm: str, seed: int, steps: int, planned: int, pseudo: str = "")
     c.train.update(
         steps=steps, seed=seed, samples=0, log_every=max(steps // POINTS, 1), eval_every=0,
         fisher_every=max(steps // POINTS, 1), checkpoint_every=max(steps // POINTS, 1),
-        keep=POINTS + 2,
+        keep=KEPT,
     )  # fmt: skip
     if arm in STAGED:
         first, second = planned // 2, planned // 3
@@ -242,9 +243,9 @@ def measures(work: pathlib.Path) -> Measures:
     rows = dataclasses.replace(run.data, batch_size=fisher.DOCUMENTS // 2)
     bundle = model_bundle.load(prepare.TINY)
     with jax.set_mesh(bundle.mesh):
-        abstract = setup.chameleon.abstract_model(run.model, run.vocab, run.lora)
+        abstract = chameleon.abstract_model(run.model, run.vocab, run.lora)
         graph, like, like_frozen = step.split_trainable(abstract, "lora")
-        frozen = setup.export.load(prepare.TINY, like_frozen)
+        frozen = export.load(prepare.TINY, like_frozen)
 
     def nll(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
         model = nnx.merge(graph, trainable, frozen)
@@ -289,7 +290,7 @@ def states(run: config.Run, folder: pathlib.Path, m: Measures) -> Iterator[Any]:
     """Yield the adapters of the checkpoints at POINTS of a run."""
     like = sharding.with_shardings(jax.eval_shape(lambda t: step.init_state(t, run), m.like))
     with setup.open_workdir(folder) as opened:
-        store = CheckpointManager(opened, keep=POINTS + 2, log=print)
+        store = CheckpointManager(opened, keep=KEPT, log=print)
         try:
             for point in range(1, POINTS + 1):
                 yield store.restore(point * run.train.checkpoint_every, like)[0].trainable
@@ -367,6 +368,15 @@ def density(work: pathlib.Path, arm: str, seed: int, documents: int) -> dict[str
     return dict(images=stats["pictures"], entries=stats["entries"], tasks=stats["tasks"])
 
 
+def check_same(work: pathlib.Path, sizes: dict[str, int]) -> None:
+    """Stop where the folder has runs of other sizes, which would be compared with these."""
+    file = work / "sizes.json"
+    if not file.exists():
+        file.write_text(json.dumps(sizes) + "\n")
+    if (stored := json.loads(file.read_text())) != sizes:
+        raise SystemExit(f"--workdir {work} has runs of {stored}, not {sizes}; use another folder")
+
+
 def collect(
     m: Measures, runs: Mapping[str, list[dict[str, Any]]], work: pathlib.Path, documents: int
 ) -> dict[str, dict[str, Any]]:
@@ -404,6 +414,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--arms has {unknown[0]!r}; use names from {', '.join(ARMS)}")
     work = args.workdir.absolute()
     work.mkdir(parents=True, exist_ok=True)
+    check_same(work, dict(steps=args.steps, documents=args.documents))
     cli.use_compile_cache(str(work / "compiled"))
     load, m = os.getloadavg(), measures(work)
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}

@@ -136,7 +136,7 @@ def sweep_report(records: Records, folder: Path) -> dict[str, Any]:
     """Compare the scored tokens of the runs of a sweep with those of its first run.
 
     `share`: of the first run's number; `last_stage_steps`: steps of the last stage, or of a run
-    without stages, with which the run scores as many as the first, up to half a step.
+    without stages, with which it is nearest to 1, and `share_then`.
     """
     try:
         runs = expand.read(folder)
@@ -151,6 +151,7 @@ def sweep_report(records: Records, folder: Path) -> dict[str, Any]:
         row = {name: found[name] for name in ("steps", "tokens", "scored")}
         row["share"] = round(found["scored"] / first, 4)
         row["last_stage_steps"] = found.get("last_stage_steps", found["stages"][-1]["steps"])
+        row["share_then"] = round(found.get("scored_then", found["scored"]) / first, 4)
         rows.append(dict(run=planned.run_id) | row)
     return dict(equal_tokens="scored tokens: the targets of the loss", runs=rows)
 

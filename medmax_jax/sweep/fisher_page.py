@@ -243,7 +243,8 @@ def _plot(axis: Axes, arms: Arms, name: str, *, style: str = "-", single: bool =
         steps, values = mean_curve(runs, name)
         found = np.isfinite(values)
         label = arm if style == "-" else None
-        axis.plot(steps[found], values[found], style, color=color, lw=1.8, ms=3, label=label)
+        # The marker shows a single measurement between steps without one.
+        axis.plot(steps[found], values[found], f".{style}", color=color, lw=1.6, ms=4, label=label)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axis.grid(axis="y", lw=0.6)
 
@@ -286,14 +287,19 @@ def _layer_table(arms: Arms, layers: Sequence[str]) -> str:
 def _tasks(arms: Arms, counts: Mapping[str, int]) -> str:
     shown = [name for name, count in counts.items() if count][:PAIRS] or list(counts)[:PAIRS]
     caption = "Cosine of the gradients of two tasks; solid: on the same image, dashed: on others"
+    rest = [name for name in counts if name not in shown]
+    body = html_page.chart(by_pair(arms, shown), caption) + _pair_table(arms, shown)
+    return body + (html_page.details("Other tasks", _pair_table(arms, rest)) if rest else "")
+
+
+def _pair_table(arms: Arms, names: Sequence[str]) -> str:
     rows = []
-    for name in counts:
+    for name in names:
         for arm, runs in arms.items():
             found = [mean_value(runs, f"cosine/{name}/{image}_image") for image in IMAGES]
             rows.append((name, arm, *(mean for mean, _ in found), max(n for _, n in found)))
-    head = ["tasks", "", "same image", "other images", "measurements"]
-    table = html_page.table(head, rows, definitions=DEFINITIONS)
-    return html_page.chart(by_pair(arms, shown), caption) + table
+    head = ["tasks", "runs of", "same image", "other images", "measurements"]
+    return html_page.table(head, rows, definitions=DEFINITIONS)
 
 
 def _finite(value: float) -> float | None:

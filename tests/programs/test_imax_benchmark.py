@@ -87,6 +87,13 @@ def test_stages_end_where_the_tokens_are_equal():
     assert imax.settings_of("imax", 0, 64, 64).mixing.image_centric
 
 
+def test_a_folder_of_other_sizes_is_refused(tmp_path):
+    for _ in range(2):
+        imax.check_same(tmp_path, dict(steps=64, documents=576))
+    with pytest.raises(SystemExit, match="use another folder"):
+        imax.check_same(tmp_path, dict(steps=32, documents=576))
+
+
 def test_the_page_has_the_stored_numbers():
     found = json.loads(STORED.read_text())
     page = PAGE.read_text()

@@ -5,6 +5,7 @@ names, structure, keyboard. Chromium is the one of the machine.
 """
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -31,7 +32,8 @@ from medmax_jax.generation import model_bundle
 from medmax_jax.generation.model_bundle import Image, Text
 from medmax_jax.generation.output_files import OutputFolder, Prompt
 from medmax_jax.scaling import __main__ as scaling
-from medmax_jax.training import samples
+from medmax_jax.sweep import fisher_page
+from medmax_jax.training import fisher, samples
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]}
@@ -129,6 +131,18 @@ def training_samples(folder):
     )
 
 
+def gradients(folder):
+    rng, tasks = np.random.default_rng(0), ["VQA", "Image Captioning"] * 4
+    rows = []
+    for step in (10, 20, 30):
+        part = rng.normal(size=(3, 8, 40))
+        row = fisher.statistics(part @ part.swapaxes(1, 2), tasks, np.arange(8) // 2)
+        rows.append(json.dumps({"kind": "fisher", "step": step} | row) + "\n")
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    fisher_page.write([f"a={folder}", f"b={folder}"], folder / "page.html", log=print)
+    return folder / "page.html"
+
+
 def quickstart(folder):
     (folder / "report.html").write_text(page_with_markup())
     return folder / "report.html"
@@ -147,6 +161,7 @@ def quickstart(folder):
         record_stats,
         law,
         training_samples,
+        gradients,
         quickstart,
     ],
 )
