@@ -141,6 +141,7 @@ def run(
 
         # ---- data
         train_data, eval_data = load_data(run)
+        setup.check_hosts_agree(train_data)
         loaded = [data.records_of_stages() for data in (train_data, eval_data) if data]
         if any(map(has_credentialed, itertools.chain.from_iterable(loaded))):
             stack.enter_context(private_folder(folder))

@@ -16,7 +16,9 @@ from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -173,6 +175,19 @@ def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
             "stage_plans": list(train_data.plans),
         }
     return {"config": config.to_dict(run), "base": base} | metadata
+
+
+def check_hosts_agree(train_data: BatchSource) -> None:
+    """Raise ConfigError on all hosts where some find the records of a stage and others do not."""
+    if jax.process_count() == 1:
+        return
+    steps = multihost_utils.process_allgather(np.array(train_data.available))
+    if steps.min() != steps.max():
+        raise config.ConfigError(
+            f"the hosts find records for different numbers of steps, {steps.min()} to "
+            f"{steps.max()}: those of a stage are complete for some of them only; give all hosts "
+            "the same folders, then run the same command again"
+        )
 
 
 def load_or_init_weights(

@@ -5,13 +5,14 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import micro_run
 import numpy as np
 import pytest
 from gs_server import fixture_gs, fixture_server  # noqa: F401
-from run_setup import command, environment, finish, rows, start, wait_for_step
+from run_setup import ROOT, command, environment, finish, rows, start, wait_for_step
 from safetensors.numpy import load_file
 
 from medmax_jax import cli
@@ -36,14 +37,19 @@ def one(words: list[str], workdir: pathlib.Path, devices: int = 8):
     return start(words, workdir, environment(devices=devices))
 
 
-def two(words: list[str], workdir: pathlib.Path | str, **variables) -> list[subprocess.Popen]:
+def two(
+    words: list[str], workdir: pathlib.Path | str, cwds=(ROOT, ROOT), **variables
+) -> list[subprocess.Popen]:
     """Two processes that share the eight devices of the mesh."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     shared = environment(devices=4)
     shared |= {"MEDMAX_COORDINATOR": address, "MEDMAX_PROCESSES": "2"} | variables
-    return [start(words, workdir, shared | {"MEDMAX_PROCESS": str(own)}) for own in range(2)]
+    return [
+        start(words, workdir, shared | {"MEDMAX_PROCESS": str(own)}, cwd)
+        for own, cwd in enumerate(cwds)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,26 @@ def test_two_hosts_train_one_run(words, alone, tmp_path):
     assert re.search("resuming after step [2345]", outputs[0][1])
     assert "step 60/60" not in outputs[1][1]  # one host speaks
     close(alone, tmp_path)
+
+
+def test_hosts_that_find_other_records_of_a_stage_end(tmp_path):
+    """A folder that only one host has: both give the reason, and none waits for the other."""
+    folder = micro_run.write(tmp_path / "train", count=40)
+    config = tmp_path / "staged.py"
+    config.write_text(
+        "import micro_run\n\n\ndef get_config():\n"
+        f"    config = micro_run.settings(data__train={folder!r}, train__steps=6)\n"
+        '    config.stages = (dict(steps=3), dict(steps=3, records="later"))\n'
+        "    return config\n"
+    )
+    cwds = [tmp_path / "with", tmp_path / "without"]
+    for cwd in cwds:
+        cwd.mkdir()
+    micro_run.write(cwds[0] / "later", count=40)
+    words = [sys.executable, "-m", "medmax_jax.train", f"--config={config}", *ALL]
+    found = f"{ROOT}/tests/support:{ROOT}"
+    for status, output in [*map(finish, two(words, tmp_path / "run", cwds, PYTHONPATH=found))]:
+        assert status == cli.USAGE and "different numbers of steps, 3 to 6" in output, output
 
 
 def test_run_resumes_elsewhere_after_a_host_is_killed(words, alone, tmp_path):

@@ -35,9 +35,11 @@ def environment(devices: int = 1) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support"), "XLA_FLAGS": flags}
 
 
-def start(words: list[str], workdir: pathlib.Path, variables: dict) -> subprocess.Popen:
+def start(
+    words: list[str], workdir: pathlib.Path, variables: dict, cwd: pathlib.Path = ROOT
+) -> subprocess.Popen:
     return subprocess.Popen(
-        [*words, f"--workdir={workdir}"], cwd=ROOT, env=variables, text=True,
+        [*words, f"--workdir={workdir}"], cwd=cwd, env=variables, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
