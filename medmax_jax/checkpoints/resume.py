@@ -96,27 +96,28 @@ def config_sections(config: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def with_added_fields(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a run, as JSON has them, with the fields that an older one lacks."""
-    filled = _added("run") | settings
-    for section in {name.split(".")[0] for name in ADDED} & filled.keys():
-        filled[section] = _added(section) | filled[section]
-    loss = filled["loss"]
-    filled["loss"] = loss | {"weights": _added("lossweights") | loss["weights"]}
+    filled = _filled("run", settings)
+    filled = {name: _filled(name, value) for name, value in filled.items()}
+    filled["loss"] = _with_sections(filled["loss"], {"weights": "lossweights"})
     views = {"view": filled["vq"]["view"]} if "vq" in filled else {}
+    sections = {"mixing": "mixing", "loss_weights": "lossweights"}
     filled["stages"] = [
-        _added("stage")
-        | views
-        | stage
-        | {"mixing": _added("mixing") | stage["mixing"]}
-        | {"loss_weights": _added("lossweights") | stage["loss_weights"]}
-        for stage in filled["stages"]
+        _with_sections(_filled("stage", views | stage), sections) for stage in filled["stages"]
     ]
     return filled
 
 
-def _added(section: str) -> dict[str, Any]:
-    """Return the fields of a section that were added to it, with the values that they meant."""
-    names = ((name.split("."), value) for name, value in ADDED.items())
-    return {field: value for (owner, field), value in names if owner == section}
+def _filled(section: str, value: Any) -> Any:
+    """Return a section with the fields that were added to it; anything else unchanged."""
+    names = ((name.split("."), added) for name, added in ADDED.items())
+    added = {field: meant for (owner, field), meant in names if owner == section}
+    return added | value if isinstance(value, dict) else value
+
+
+def _with_sections(value: dict[str, Any], sections: dict[str, str]) -> dict[str, Any]:
+    """Return a section whose own sections, field -> class, are filled too."""
+    own = {name: _filled(kind, value[name]) for name, kind in sections.items() if name in value}
+    return value | own
 
 
 def is_free(name: str) -> bool:
