@@ -235,19 +235,20 @@ SHOWN = ("imax - dmax", "pseudo - dmax")  # contrasts whose families are in a ta
 def chart(found: Mapping[str, Any], path: pathlib.Path) -> None:
     """Draw NLL by entries per image, and both statistics along training, and save them."""
     arms = found["arms"]
-    figure, axes = charts.subplots(1, 3, size=(9.6, 3.3), squeeze=False)
-    first, *others = axes[0]
-    if found["summary"]["slopes"]:
-        for seed, values in enumerate(
-            zip(
-                *(np.mean(arms[f"entries_{n}"]["nll"]["all"], axis=1) for n in ENTRIES), strict=True
-            )
-        ):
+    by_entries = bool(found["summary"]["slopes"])
+    figure, axes = charts.subplots(1, 2 + by_entries, size=(9.6, 3.3), squeeze=False)
+    others = axes[0][by_entries:]
+    if by_entries:
+        first = axes[0][0]
+        lines = zip(
+            *(np.mean(arms[f"entries_{n}"]["nll"]["all"], axis=1) for n in ENTRIES), strict=True
+        )
+        for seed, values in enumerate(lines):
             first.plot(ENTRIES, values, "o-", markersize=3.5, color=charts.SERIES[seed])
         first.set_xscale("log", base=2)
         first.set_xticks(ENTRIES, [str(n) for n in ENTRIES])
-    first.set(title="NLL by entries per image", xlabel="entries; a line per seed")
-    first.grid(axis="y")
+        first.set(title="NLL by entries per image", xlabel="entries; a line per seed")
+        first.grid(axis="y")
     names = [name for name in arms if not name.startswith("entries_") and name != "plain"]
     for panel, statistic, title in zip(
         others, STATISTICS, ("SE, probe", "rho, probe"), strict=True
