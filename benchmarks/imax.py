@@ -381,8 +381,8 @@ def collect(
     m: Measures, runs: Mapping[str, list[dict[str, Any]]], work: pathlib.Path, documents: int
 ) -> dict[str, dict[str, Any]]:
     """Return each arm's cells, statistics, and what it trained on."""
-    documents = m.held_out.records.read(range(len(m.held_out.records)))
-    of_document = {d.id: (d.task, d.group) for d in documents}
+    read = m.held_out.records.read(range(len(m.held_out.records)))
+    of_document = {d.id: (d.task, d.group) for d in read}
     of_item = {item.id: (item.family, item.group) for item in m.eval_set.items}
     return {
         arm: dict(
