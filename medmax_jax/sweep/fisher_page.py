@@ -156,14 +156,17 @@ def pairs(arms: Arms) -> dict[str, int]:
 def mean_curve(
     runs: Sequence[Curves], name: str
 ) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Return the steps that all runs have measured, and the means over runs of a value there."""
-    steps = sorted(set.intersection(*(set(run.steps.tolist()) for run in runs)))
-    rows = [
-        [values[np.searchsorted(run.steps, step)] for step in steps]
-        for run in runs
-        for values in [_values(run, name)]
-    ]
-    return np.array(steps, int), np.array(rows, float).reshape(len(runs), -1).mean(0)
+    """Return steps, and the mean of a value at each over the runs that have it.
+
+    The steps are those of the first run, within the range of all; other runs, which may have
+    measured at other steps, are interpolated linearly. NaN where no run has a value.
+    """
+    steps = runs[0].steps
+    first, last = max(run.steps[0] for run in runs), min(run.steps[-1] for run in runs)
+    steps = steps[(steps >= first) & (steps <= last)]
+    rows = np.array([np.interp(steps, run.steps, _values(run, name)) for run in runs])
+    count = np.isfinite(rows).sum(0)
+    return steps, np.where(count, np.nansum(rows, 0), np.nan) / np.maximum(count, 1)
 
 
 def mean_value(runs: Sequence[Curves], name: str) -> tuple[float | None, int]:
@@ -262,7 +265,9 @@ def _overall_table(arms: Arms) -> str:
         rows.append((arm, len(runs), round(documents or 0), *means, *lasts))
     head = ["", "runs", "documents", "spectral entropy", "leading share"]
     head += ["spectral entropy, last", "leading share, last"]
-    caption = "Means over all measurements, and at the last step that all runs of a name have"
+    caption = (
+        "Means over all measurements, and at the last step that all runs of a name have reached"
+    )
     return html_page.table(head, rows, caption=caption, definitions=DEFINITIONS)
 
 

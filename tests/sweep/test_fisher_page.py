@@ -57,15 +57,34 @@ def test_page_has_the_values_of_the_runs(runs, tmp_path, capsys):
     assert values and f">{np.mean(values):.3f}<" in text
 
 
-def test_means_are_of_the_steps_that_all_runs_have(runs):
+def test_means_are_at_the_steps_of_the_first_run_within_all(runs):
     first, second = (fisher_page.read(run / "metrics.jsonl", log=print) for run in runs)
+    name, expected = "spectral_entropy", [run.values["spectral_entropy"] for run in (first, second)]
     shorter = dataclasses.replace(
         second, steps=second.steps[:2], values={n: v[:2] for n, v in second.values.items()}
     )
-    steps, values = fisher_page.mean_curve([first, shorter], "spectral_entropy")
+    steps, values = fisher_page.mean_curve([first, shorter], name)
     assert steps.tolist() == [2, 4]
-    parts = [run.values["spectral_entropy"][:2] for run in (first, second)]
-    np.testing.assert_allclose(values, np.mean(parts, axis=0))
+    np.testing.assert_allclose(values, np.mean(expected, axis=0)[:2])
+    later = dataclasses.replace(second, steps=second.steps + 1)  # 3, 5, 7
+    steps, values = fisher_page.mean_curve([first, later], name)
+    assert steps.tolist() == [4, 6]
+    between = (expected[1][:-1] + expected[1][1:]) / 2
+    np.testing.assert_allclose(values, (expected[0][1:] + between) / 2)
+
+
+def test_mean_is_over_the_runs_that_have_a_value():
+    steps, absent = np.array([1, 2]), float("nan")
+    runs = [
+        fisher_page.Curves(steps, {"x": np.array(values)})
+        for values in ([1.0, absent], [3.0, absent])
+    ]
+    runs.append(fisher_page.Curves(steps, {"x": np.array([absent, absent])}))
+    np.testing.assert_array_equal(fisher_page.mean_curve(runs, "x")[1], [2.0, absent])
+
+
+def test_layers_are_spaced_evenly(runs):
+    first = fisher_page.read(runs[0] / "metrics.jsonl", log=print)
     assert fisher_page.layer_numbers({"a": [first]}) == ["00", "01"]
     assert fisher_page.spaced([f"{n:02d}" for n in range(32)], 4) == ["00", "10", "21", "31"]
 
