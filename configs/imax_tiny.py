@@ -15,7 +15,7 @@ Create the records first, with one task for each image, so that others can be ad
     stage 2   real documents only, while the learning rate ends
 
 After stage 0 the command exports the adapter, prints the command that makes the records of stage 1,
-and ends with code 75; run that command, then this one again.
+and ends with code 1; run that command, then this one again.
 """
 
 from typing import Any

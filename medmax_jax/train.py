@@ -334,7 +334,10 @@ def _stop_after_checkpoint(job: TrainContext, signal_name: str, done: int) -> No
 
 
 def _stop_for_records(job: TrainContext, state: step.TrainState, done: int) -> NoReturn:
-    """Export the model of the stage that has ended and stop: the next one has no records yet."""
+    """Export the model of the stage that has ended and stop: the next one has no records yet.
+
+    An error, not cli.Interrupted: a scheduler that starts interrupted runs again must not loop.
+    """
     number = stages.at(job.run, done)
     with job.clock.measure("checkpoint"), jax.transfer_guard("allow"):
         target = setup.export_result(job, state, done, f"_stage_{number - 1}")
@@ -347,7 +350,7 @@ def _stop_for_records(job: TrainContext, state: step.TrainState, done: int) -> N
         f"{number - 1}: python -m {shlex.join(words)}; then {cli.RESUME}"
     )
     job.writer.log(message)
-    raise cli.Interrupted(message)
+    raise TrainError(message)
 
 
 def _finish(job: TrainContext, state: step.TrainState, last: dict[str, float]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from medmax_jax.data import loader, prepare
 from medmax_jax.data.packing.pack import PackError
 from medmax_jax.data.records import writer
 from medmax_jax.data.records.document import RecordsError
+from medmax_jax.training.reporting import TrainError
 
 STEPS = (3, 4, 2)  # of the stages: mixture, with pseudo documents, real ones only
 
@@ -70,12 +71,12 @@ def test_run_stops_for_missing_records_and_continues_exactly(world, tmp_path):
         f"stage 1 reads {later}, which does not exist yet. .* python -m medmax_jax.data.prepare "
         f"pseudo {folder} --model .* --adapter {tmp_path}/run/adapter_stage_0 --out {later}"
     )
-    with pytest.raises(cli.Interrupted, match=message):
+    with pytest.raises(TrainError, match=message):
         train.run(run, tmp_path / "run")
     stopped = json.loads((tmp_path / "run" / "adapter_stage_0" / "adapter_config.json").read_text())
     assert stopped["step"] == 3 and not (tmp_path / "run" / "adapter").exists()
     later.mkdir()  # begun, not finished
-    with pytest.raises(cli.Interrupted, match="does not exist yet"):
+    with pytest.raises(TrainError, match="does not exist yet"):
         train.run(run, tmp_path / "run")
     shutil.copytree(pseudo, later, dirs_exist_ok=True)
     train.run(run, tmp_path / "run")
@@ -96,7 +97,7 @@ def test_a_kill_in_each_stage_loses_nothing(world, tmp_path):
     words = [*run_setup.command(tmp_path)[:3], f"--config={path}"]
     variables = run_setup.environment(devices=8)
     code, output = run_setup.finish(run_setup.start(words, work, variables))
-    assert code == 75 and f"--out {later}; then run the same command again" in output
+    assert code == cli.ERROR and f"--out {later}; then run the same command again" in output
     shutil.copytree(pseudo, later)
     process = run_setup.start(words, work, variables)
     checkpoint = work / "checkpoints" / "5"

@@ -7,13 +7,15 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Runs programs as modules or files, each in a process of its own that has imported JAX already, and
-# prints the list of [status, stdout and stderr].
+# Runs programs as modules or files, each in a process of its own that has imported already what most
+# of them do, and prints the list of [status, stdout and stderr]. A module that has been imported
+# runs once more, as a program; runpy warns of that.
 SCRIPT = """
-import argparse, json, os, pathlib, runpy, sys, tempfile, traceback
+import argparse, json, os, pathlib, runpy, sys, tempfile, traceback, warnings
 
 sys.path[:0] = [os.getcwd(), "benchmarks", "tests"]
-import jax, flax.nnx, orbax.checkpoint, ml_collections
+import jax, flax.nnx, orbax.checkpoint, ml_collections, medmax_jax.quickstart
+warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
 
 def start(name, *arguments):
     sys.argv = [name, *arguments]
