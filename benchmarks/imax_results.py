@@ -243,8 +243,8 @@ def chart(found: Mapping[str, Any], path: pathlib.Path) -> None:
         lines = zip(
             *(np.mean(arms[f"entries_{n}"]["nll"]["all"], axis=1) for n in ENTRIES), strict=True
         )
-        for seed, values in enumerate(lines):
-            first.plot(ENTRIES, values, "o-", markersize=3.5, color=charts.SERIES[seed])
+        for values in lines:  # in one color: those of the other charts are arms
+            first.plot(ENTRIES, values, "o-", markersize=3.5, color=charts.SERIES[5])
         first.set_xscale("log", base=2)
         first.set_xticks(ENTRIES, [str(n) for n in ENTRIES])
         first.set(title="NLL by entries per image", xlabel="entries; a line per seed")
