@@ -91,7 +91,7 @@ def test_adapters_round_trip_exactly(base, tmp_path):
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 6, 0.05)
 
 
-@pytest.mark.parametrize("layout", ["hf", "meta"])
+@pytest.mark.parametrize("layout", ["hf", pytest.param("meta", marks=pytest.mark.slow)])
 def test_a_run_is_merged_into_its_base(trained, layout, tmp_path):
     model, run = trained
     there = convert(run, tmp_path / layout, layout, base=str(model))

@@ -79,6 +79,7 @@ def complete(tmp_path_factory) -> pathlib.Path:
     return out
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_agree(complete, encoder, tmp_path):
     """The child has one device, this process a mesh of eight; each encodes 8 images at once.
 

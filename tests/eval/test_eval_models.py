@@ -315,6 +315,7 @@ def test_baselines_are_reproducible(tmp_path):
         run(items, tmp_path / "x", "baseline:best")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_another_layout_is_converted_once_and_gives_equal_answers(
     tmp_path, monkeypatch, capsys
 ):

@@ -59,6 +59,7 @@ def test_arms_differ_in_one_thing_each():
     assert middle["plain"] == dict(steps=2) and middle["plain_longer"] == dict(steps=4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module")
 def test_arms_have_equal_scored_tokens(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Runs programs as modules or files, each in a process of its own that has imported already what most
-# of them do, and prints the list of [status, stdout and stderr]. A module that has been imported
+# Runs programs as modules or files, each in a process of its own that has imported what most of
+# them import, and prints the list of [status, stdout and stderr]. A module that has been imported
 # runs once more, as a program; runpy warns of that.
 SCRIPT = """
 import argparse, json, os, pathlib, runpy, sys, tempfile, traceback, warnings
