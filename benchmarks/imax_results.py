@@ -9,10 +9,11 @@
                change when entries double, at equal tokens. It may have either sign; the laws of
                medmax_jax.scaling cannot rise, and have as many parameters as there are points
 
-`python benchmarks/imax_results.py RESULTS.json [PAGE.md]` prints the tables of a result, or writes
-them to a page in place of its tables with the same columns.
+`python benchmarks/imax_results.py --results R.json [--page P.md]` prints the tables of a result, or
+writes them to a page in place of its tables with the same columns.
 """
 
+import argparse
 import json
 import pathlib
 import sys
@@ -26,6 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from guidance_results import crossed_interval
 
+from medmax_jax import arguments
 from medmax_jax.io import charts
 
 ENTRIES = (1, 2, 4, 8)
@@ -183,16 +185,21 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
     minutes = sum(sum(run["seconds"]) for arm in arms.values() for run in arm["runs"]) / 60
     return dict(
         facts=table(
-            ("seeds", "held-out documents", "their groups", "items asked", "intervals",
-             "of these exclude 0", "minutes of all runs"),
+            ("seeds", "held-out documents", "their groups", "items asked", "minutes of all runs"),
             [[str(found[name]) for name in ("seeds", "held_out", "groups", "items")]
-             + [str(parts[name]) for name in ("intervals", "excluding_zero")]
              + [f"{minutes:.0f}"]],
         ),
+        intervals=table(
+            ("intervals", "of these exclude 0"),
+            [[str(parts[name]) for name in ("intervals", "excluding_zero")]],
+        ),
+        records=table(
+            ("arm", "images", "documents per image", "tasks per image"),
+            [[name, *_trained(arm["runs"])[:3]] for name, arm in arms.items()],
+        ),
         arms=table(
-            ("arm", "images", "documents per image", "tasks per image", "steps", "scored tokens",
-             "NLL", "accuracy"),
-            [[name, *_trained(arm["runs"]), *(f"{np.mean(arm[measure]['all']):.3f}"
+            ("arm", "steps", "scored tokens", "NLL", "accuracy"),
+            [[name, *_trained(arm["runs"])[3:], *(f"{np.mean(arm[measure]['all']):.3f}"
               for measure in ("nll", "accuracy"))] for name, arm in arms.items()],
         ),
         contrasts=table(
@@ -206,8 +213,8 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
               for pair in SHOWN)] for name in families],
         ),
         entries=table(
-            ("NLL by family", *(f"{n}" for n in ENTRIES), "slope"),
-            [[row["name"], *(f"{mean:.3f}" for mean in row["means"]), cell(row, "slope")]
+            ("NLL by family", f"with {', '.join(map(str, ENTRIES))} entries", "slope"),
+            [[row["name"], ", ".join(f"{mean:.3f}" for mean in row["means"]), cell(row, "slope")]
              for row in (*parts["slopes"], *parts["accuracy_slopes"])],
         ) if parts["slopes"] else "",
         statistics=table(
@@ -280,11 +287,20 @@ def with_tables(page: str, found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    result = json.loads(pathlib.Path(sys.argv[1]).read_text())
-    if sys.argv[2:]:
-        written = pathlib.Path(sys.argv[2])
-        written.write_text(with_tables(written.read_text(), result))
+def main() -> None:
+    """Print the tables, or write them to a page."""
+    parser = arguments.Parser(prog="benchmarks/imax_results.py", description=__doc__,
+                              formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser.add_argument("--results", type=pathlib.Path, required=True, help="a results.json")
+    parser.add_argument("--page", type=pathlib.Path, help="page whose tables are replaced")
+    args = parser.parse_args()
+    result = json.loads(args.results.read_text())
+    if args.page:
+        args.page.write_text(with_tables(args.page.read_text(), result))
     else:
         for title, text in tables(result).items():
             print(f"{title}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

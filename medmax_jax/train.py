@@ -141,7 +141,6 @@ def run(
 
         # ---- data
         train_data, eval_data = load_data(run)
-        setup.check_hosts_agree(train_data)
         loaded = [data.records_of_stages() for data in (train_data, eval_data) if data]
         if any(map(has_credentialed, itertools.chain.from_iterable(loaded))):
             stack.enter_context(private_folder(folder))
@@ -334,10 +333,7 @@ def _stop_after_checkpoint(job: TrainContext, signal_name: str, done: int) -> No
 
 
 def _stop_for_records(job: TrainContext, state: step.TrainState, done: int) -> NoReturn:
-    """Export the model of the stage that has ended and stop: the next one has no records yet.
-
-    An error, not cli.Interrupted: a scheduler that starts interrupted runs again must not loop.
-    """
+    """Export the model of the stage that has ended and stop: the next one has no records yet."""
     number = stages.at(job.run, done)
     with job.clock.measure("checkpoint"), jax.transfer_guard("allow"):
         target = setup.export_result(job, state, done, f"_stage_{number - 1}")
@@ -350,7 +346,7 @@ def _stop_for_records(job: TrainContext, state: step.TrainState, done: int) -> N
         f"{number - 1}: python -m {shlex.join(words)}; then {cli.RESUME}"
     )
     job.writer.log(message)
-    raise TrainError(message)
+    raise TrainError(message)  # not Interrupted: a scheduler would start the run again
 
 
 def _finish(job: TrainContext, state: step.TrainState, last: dict[str, float]) -> dict[str, Any]:

@@ -58,10 +58,7 @@ def plan(
     machine = parse(topology, slices=slices)
     if not 0 < utilisation <= 1:
         raise PlanError(f"--utilisation={utilisation}; it must be in (0, 1]")
-    compiles_decoding = machine.is_tpu and not analytic
-    if decode not in ("", "none") and not compiles_decoding:
-        how = "--analytic compiles nothing" if analytic else f"{machine.name} is not a TPU"
-        raise PlanError(f"--decode={decode} is compiled for TPUs, but {how}; leave one of them out")
+    mode = _decoded(decode, machine, analytic)
     settings = ConfigDict(settings)  # a copy, which keeps references between fields
     with cli.open_workdir(cache, "--cache") as work:
         folder = work.folder
@@ -81,11 +78,20 @@ def plan(
         else:
             run = _given(settings, machine, mesh, per_chip_batch, seq)
             estimate = answer(run)
-        if decode != "none" and compiles_decoding:
-            mode = decode or "text"
+        if mode != "none":
             estimate["decode"] = _decoding(run, machine, folder, mode, codes_per_pass)
     estimate |= plan_analytic.rates(run, machine, estimate, utilisation=utilisation, price=price)
     return estimate | _facts(run, machine)
+
+
+def _decoded(decode: str, machine: Topology, analytic: bool) -> str:
+    """Return the output mode that decoding is compiled for; raise PlanError where it cannot be."""
+    if machine.is_tpu and not analytic:
+        return decode or "text"
+    if decode in ("", "none"):
+        return "none"
+    how = "--analytic compiles nothing" if analytic else f"{machine.name} is not a TPU"
+    raise PlanError(f"--decode={decode} is compiled for TPUs, but {how}; leave one of them out")
 
 
 def _facts(run: Run, topology: Topology) -> dict[str, Any]:

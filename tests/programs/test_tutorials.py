@@ -42,6 +42,7 @@ ON_TINY = (  # the shipped model stands for the published one, embedded images f
     ("--seq_len 8192 --document_limit 2048", "--seq_len 256 --document_limit 256"),
 )  # fmt: skip
 SMALLER = {
+    "dense_mixture": (),  # fewer steps would train no model whose answers pass the filters
     "laptop": (("vqa_closed = 40", "vqa_closed = 8"), ("steps=300", "steps=10")),
     "endpoint": (),
     "own_benchmark": ((r"(--workdir=runs/own)", r"\1 --model=baseline:majority"),),
