@@ -47,8 +47,7 @@ def plan(
         per_chip_batch: rows of a microbatch per device; 0: from the batch size of the config.
         seq: tokens per row; 0: data.seq_len of the config.
         analytic: estimate by arithmetic, without compiling.
-        decode: the output mode that decoding is compiled for: none, text, image or mixed; "": text
-            where it can be compiled, which is for TPUs and without `analytic`.
+        decode: compile decoding in this mode: none, text, image, mixed; "": text, if for TPUs.
         codes_per_pass: the assumed codes that a pass settles where sample.jacobi_window is on.
         utilisation: the share of the peak FLOPs during matrix products.
         price: USD per chip-hour.
@@ -61,13 +60,12 @@ def plan(
     mode = _decoded(decode, machine, analytic)
     settings = ConfigDict(settings)  # a copy, which keeps references between fields
     with cli.open_workdir(cache, "--cache") as work:
-        folder = work.folder
 
         def answer(run: Run) -> dict[str, Any]:
             if analytic:
                 return plan_analytic.estimate(run, machine)
             program = plan_compile.train(run, machine)
-            return dict(compile_cache.compile_cached(folder, program, run, machine))
+            return dict(compile_cache.compile_cached(work.folder, program, run, machine))
 
         if mesh == "search":
             runs = _candidates(settings, machine, per_chip_batch, seq)
@@ -78,18 +76,20 @@ def plan(
         else:
             run = _given(settings, machine, mesh, per_chip_batch, seq)
             estimate = answer(run)
-        if mode != "none":
-            estimate["decode"] = _decoding(run, machine, folder, mode, codes_per_pass)
+        if mode:
+            estimate["decode"] = _decoding(run, machine, work.folder, mode, codes_per_pass)
     estimate |= plan_analytic.rates(run, machine, estimate, utilisation=utilisation, price=price)
     return estimate | _facts(run, machine)
 
 
 def _decoded(decode: str, machine: Topology, analytic: bool) -> str:
-    """Return the output mode that decoding is compiled for; raise PlanError where it cannot be."""
+    """Return the mode that decoding is compiled in, "" for none; raise PlanError if it cannot."""
+    if decode == "none":
+        return ""
     if machine.is_tpu and not analytic:
         return decode or "text"
-    if decode in ("", "none"):
-        return "none"
+    if not decode:
+        return ""
     how = "--analytic compiles nothing" if analytic else f"{machine.name} is not a TPU"
     raise PlanError(f"--decode={decode} is compiled for TPUs, but {how}; leave one of them out")
 

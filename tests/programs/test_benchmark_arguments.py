@@ -28,6 +28,7 @@ SIDES = ("decode_hf_side", "decode_jax_side", "hf_serving", "hf_side", "jax_serv
 REQUIRED = {
     "convert_7b": "--scratch is required",
     **dict.fromkeys(("gpu", "tpu"), "--workdir is required"),
+    "imax_results": "--results is required",
     "loader": "--scratch is required",
     "scaling": "--part is required",
     "true_size": "--scratch is required",
