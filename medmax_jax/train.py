@@ -200,7 +200,9 @@ def load_data(run: config.Run) -> tuple[BatchSource, BatchSource | None]:
         )
     validation = run.data.validation
     eval_data = loader.eval_batches(run, validation) if validation else None
-    return loader.train_batches(run, run.data.train), eval_data
+    train_data = loader.train_batches(run, run.data.train)
+    setup.check_hosts_agree(train_data)
+    return train_data, eval_data
 
 
 def _loop(

@@ -24,13 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from medmax_jax.data.annotation import evidence, filters, kinds
+from medmax_jax.data.annotation import evidence, filters
 from medmax_jax.data.annotation.filters import FILTERS, Thresholds
 from medmax_jax.data.annotation.generators import TOO_LONG
 from medmax_jax.data.annotation.kinds import KINDS
 from medmax_jax.data.annotation.questions import ImageFacts, Question, view_of
 from medmax_jax.data.records.document import Document, Layout
 from medmax_jax.data.records.reader import Records
+from medmax_jax.data.sample.documents import GENERATE
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer, document_ids
 from medmax_jax.models.vocab import SEP
 
@@ -172,7 +173,7 @@ def documents(
         q, image = v.question, images[v.question.image]
         text = f"{IMAGE_NAME}{q.text}{SEP_NAME}{v.answer}"
         if q.kind == "generation":
-            text = f"{kinds.GENERATE.format(v.answer)}{SEP_NAME}{IMAGE_NAME}"
+            text = f"{GENERATE.format(v.answer)}{SEP_NAME}{IMAGE_NAME}"
         codes = image.codes[view_of(q.kind, layout)].astype(np.int32)
         tokens = document_ids(tokenizer, text, codes, layout.vocab)
         assert (tokens == SEP).sum() == 1, "read_answer accepts no control tokens"

@@ -38,16 +38,12 @@ from medmax_jax.data.records.document import Document
 from medmax_jax.data.records.reader import Records, open_records
 from medmax_jax.data.records.staging import META
 from medmax_jax.endpoints import cached_chat_api, egress
-from medmax_jax.endpoints.chat_api import (
-    Endpoint,
-    EndpointError,
-    check_ready,
-    parse_model_at_url,
-)
+from medmax_jax.endpoints.chat_api import Endpoint, check_ready
+from medmax_jax.endpoints.flags import add_call_flags, count, json_object, model_at_url, positive
 from medmax_jax.environment import environment
 from medmax_jax.generation.requests import GenerateError
 from medmax_jax.io import html_page, journal
-from medmax_jax.io.text_files import TextFileError, parse_json, read_json_object
+from medmax_jax.io.text_files import TextFileError, read_json_object
 from medmax_jax.models import images as image_files
 from medmax_jax.models.image_headers import ImageError
 from medmax_jax.storage import image_paths
@@ -74,7 +70,7 @@ def add(commands: Any, tiny: Path) -> argparse.ArgumentParser:
     )  # fmt: skip
     add_flag("--adapter", type=arguments.folder, help="adapter of the model, or its training run")
     add_flag(
-        "--endpoint", type=_endpoint, metavar="NAME@URL",
+        "--endpoint", type=model_at_url, metavar="NAME@URL",
         help="model endpoint that answers in place of --model; requires --min_margin off",
     )  # fmt: skip
     add_flag(
@@ -82,7 +78,7 @@ def add(commands: Any, tiny: Path) -> argparse.ArgumentParser:
         help=f"kinds of documents to add: {', '.join(KINDS)}; default: all",
     )  # fmt: skip
     add_flag("--samples", type=_samples, default=4, metavar="K", help="samples of each answer")
-    add_flag("--temperature", type=_positive, default=0.7, help="temperature of the samples")
+    add_flag("--temperature", type=positive, default=0.7, help="temperature of the samples")
     add_flag(
         "--min_margin", type=_margin, default=0.0, metavar="NATS",
         help="least margin over distractors, in nats per token; off: not measured",
@@ -108,7 +104,7 @@ def add(commands: Any, tiny: Path) -> argparse.ArgumentParser:
     add_flag("--eval_images", type=Path, help="folder of the images of an items.jsonl")
     add_flag("--images", type=Path, help="folder of the images, which an endpoint requires")
     add_flag("--seed", type=int, default=0, help="seed of questions, samples and distractors")
-    add_flag("--rows", type=_count, default=32, help="answers that are generated at once")
+    add_flag("--rows", type=count, default=32, help="answers that are generated at once")
     _add_endpoint_flags(add_flag)
     add_flag("--dry_run", action="store_true", help="print the number of calls; answer nothing")
     parser.set_defaults(run=run, resumes=True, left="finished batches are kept")
@@ -118,16 +114,10 @@ def add(commands: Any, tiny: Path) -> argparse.ArgumentParser:
 def _add_endpoint_flags(add_flag: Callable[..., Any]) -> None:
     add_flag("--key_env", metavar="NAME", help="environment variable with the API key")
     add_flag(
-        "--parameters", type=_object, default={}, metavar="JSON",
+        "--parameters", type=json_object, default={}, metavar="JSON",
         help="request parameters, sent unchanged",
     )  # fmt: skip
-    add_flag(
-        "--credentialed_host", action="append", default=[], metavar="HOST:PORT",
-        help="host that may receive credentialed images; may be repeated",
-    )  # fmt: skip
-    add_flag("--concurrency", type=_count, default=8, help="number of concurrent calls")
-    add_flag("--timeout", type=_positive, default=120.0, metavar="S", help="timeout of one call")
-    add_flag("--retries", type=_count, default=6, help="retries of one call")
+    add_call_flags(add_flag, sent="images")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -412,23 +402,6 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
 # ---- Types of flags ----
 
 
-def _endpoint(text: str) -> tuple[str, str]:
-    try:
-        return parse_model_at_url(text)
-    except EndpointError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = parse_json(text, "the flag")
-    except TextFileError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
-    return value
-
-
 def _margin(text: str) -> float | None:
     if text == OFF:
         return None
@@ -440,18 +413,6 @@ def _margin(text: str) -> float | None:
 def _share(text: str) -> float:
     if not 0 <= (number := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share; use 0 to 1")
-    return number
-
-
-def _positive(text: str) -> float:
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1; use 1 or more")
     return number
 
 

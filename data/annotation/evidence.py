@@ -20,9 +20,10 @@ from medmax_jax.cli import STOPPED, Interrupted
 from medmax_jax.data.annotation import filters
 from medmax_jax.data.annotation.generators import EndpointGenerator, EngineGenerator, Prompt
 from medmax_jax.data.annotation.kinds import ATTRIBUTES, KINDS, LETTERS
-from medmax_jax.data.annotation.questions import Question, spread, with_options
+from medmax_jax.data.annotation.questions import Question, spread
 from medmax_jax.data.image_tokens.encoder import PrepareError
 from medmax_jax.data.sample.phrases import exclude
+from medmax_jax.data.sample.questions import with_options
 from medmax_jax.io.journal import open_journal
 from medmax_jax.io.progress import ItemProgress
 from medmax_jax.models.tokenizer import Tokenizer

@@ -1,4 +1,3 @@
-# Verbatim: part of the data.
 """Define the kinds of documents that pseudo-annotation adds, and what texts state about an image.
 
     kind         task of the mixture     a question for which the answer is generated
@@ -7,8 +6,8 @@
     mcq          VQA                     the same with options A to D
     count        VQA                     How many nuclei are shown?
     location     VQA                     On which side is the lesion?
-    caption      Image Captioning        Please describe this picture.
-    report       Report Understanding    Examine this medical image and document ...
+    caption      Image Captioning        a request for a description
+    report       Report Understanding    a request for a clinical report
     generation   Image Generation        the generated description becomes the prompt of the image
 
 An attribute is a fact with a few values, which words in a text state: "Axial T1 MRI of the brain"
@@ -22,6 +21,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from medmax_jax.data.mixture import CAPTION, GENERATION, REPORT, VQA
+from medmax_jax.data.sample import documents
 from medmax_jax.data.sample.phrases import NOUNS, body_part_phrase, exclude, with_article
 from medmax_jax.data.sample.questions import LETTERS, OPEN
 
@@ -50,16 +50,11 @@ KINDS = {
     "generation": Kind(task=GENERATION, max_tokens=128, questions=1, is_free_text=True),
 }
 YES_NO = ("yes", "no")
-# Verbatim: part of the data.
 DESCRIBE = {
-    "caption": "Please describe this picture.",
-    "generation": "Provide a brief overview of what is shown in the image",
-    "report": (
-        "Examine this medical image and document your observations "
-        "in a standard clinical report format."
-    ),
+    "caption": documents.DESCRIBE[0],
+    "generation": documents.DESCRIBE[1],
+    "report": documents.REPORT,
 }
-GENERATE = "Generate an image. {}"
 HOW_MANY, WHICH_SIDE = "How many {} are shown?", "On which side is the {}?"
 SIDES = ("left", "right")
 REPORTED = ("X-ray", "MRI", "CT", "ultrasound", "angiography", "PET")  # radiology has reports

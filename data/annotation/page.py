@@ -15,9 +15,9 @@ import PIL.Image
 from medmax_jax.data.analysis import near_duplicates
 from medmax_jax.data.annotation.annotate import OUTCOMES, Verdict
 from medmax_jax.data.annotation.filters import FILTERS
-from medmax_jax.data.annotation.kinds import GENERATE
 from medmax_jax.data.annotation.questions import ImageFacts
 from medmax_jax.data.image_tokens.encoder import Encoder
+from medmax_jax.data.sample.documents import GENERATE
 from medmax_jax.endpoints import egress
 from medmax_jax.io import html_page
 

@@ -25,6 +25,7 @@ from medmax_jax.data.records.document import Document, Layout, pseudonym
 from medmax_jax.data.records.jsonl import to_text
 from medmax_jax.data.records.reader import Records
 from medmax_jax.data.sample.phrases import exclude
+from medmax_jax.data.sample.questions import with_options
 from medmax_jax.endpoints import egress
 from medmax_jax.models.tokenizer import IMAGE_NAME, SEP_NAME, Tokenizer
 
@@ -265,12 +266,6 @@ def spread(values: Sequence[str], rng: random.Random, count: int) -> list[str]:
         if len(drawn) < count and all(exclude(value, other) for other in drawn):
             drawn.append(value)
     return drawn
-
-
-def with_options(question: str, options: Sequence[str]) -> str:
-    """Return a question with its options as lines: "Which ..?\\nA: MRI\\nB: CT"."""
-    lines = [f"{letter}: {text}" for letter, text in zip(LETTERS, options, strict=False)]
-    return "\n".join([question, *lines])
 
 
 def _distinct(made: Made) -> Made:

@@ -8,7 +8,6 @@ python -m data.prepare instruct --from captions.jsonl --images D --out D2 \\
 
 import argparse
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from medmax_jax import arguments, cli
 from medmax_jax.data.instruct import captions, curation, replies
 from medmax_jax.data.instruct.curation import InstructError
 from medmax_jax.endpoints import cached_chat_api, egress
-from medmax_jax.endpoints.chat_api import Endpoint, EndpointError, check_ready, parse_model_at_url
+from medmax_jax.endpoints.chat_api import Endpoint, EndpointError, check_ready
+from medmax_jax.endpoints.flags import add_call_flags, finite, json_object, model_at_url, positive
 from medmax_jax.io.journal import JournalError
-from medmax_jax.io.text_files import TextFileError, parse_json
 from medmax_jax.storage.image_paths import ImagePathError
 
 log = logging.getLogger("medmax_jax.prepare")
@@ -45,35 +44,29 @@ def add(commands: Any) -> argparse.ArgumentParser:
     add_flag("--from", dest="source", type=Path, required=True, help="captions, JSONL")
     add_flag("--images", type=Path, required=True, help="folder of the images")
     add_flag("--scores", type=Path, required=True, help="JSONL with id and score")
-    add_flag("--threshold", type=_finite, required=True, help="minimum score of a row that is kept")
+    add_flag("--threshold", type=finite, required=True, help="minimum score of a row that is kept")
     add_flag("--out", type=arguments.folder, required=True, help="folder to write, or to resume")
     add_flag(
-        "--endpoint", type=_endpoint, required=True, metavar="MODEL@URL",
+        "--endpoint", type=model_at_url, required=True, metavar="MODEL@URL",
         help="model endpoint that writes the instructions",
     )  # fmt: skip
     add_flag(
-        "--filter_endpoint", type=_endpoint, metavar="MODEL@URL",
+        "--filter_endpoint", type=model_at_url, metavar="MODEL@URL",
         help="model endpoint that filters captions; default: --endpoint",
     )  # fmt: skip
     for role in ("", "filter_"):
         add_flag(f"--{role}key_env", metavar="NAME", help="environment variable with the API key")
         add_flag(
-            f"--{role}parameters", type=_object, metavar="JSON",
+            f"--{role}parameters", type=json_object, metavar="JSON",
             help="request parameters, sent unchanged",
         )  # fmt: skip
         add_flag(f"--{role}price_in", type=_price, metavar="USD", help="per million tokens in")
         add_flag(f"--{role}price_out", type=_price, metavar="USD", help="per million tokens out")
-    add_flag(
-        "--credentialed_host", action="append", default=[], metavar="HOST:PORT",
-        help="host that may receive credentialed captions; may be repeated",
-    )  # fmt: skip
     add_flag("--prompts", type=Path, default=replies.FOLDER, help="folder of prompts")
     add_flag("--calls", type=Path, help="file of cached replies; default: OUT/calls.jsonl")
-    add_flag("--concurrency", type=_count, default=8, help="number of concurrent calls")
-    add_flag("--timeout", type=_seconds, default=120.0, metavar="S", help="timeout of one call")
-    add_flag("--retries", type=_count, default=6, help="retries of one call")
+    add_call_flags(add_flag, sent="captions")
     add_flag(
-        "--max_wait", type=_seconds, default=90.0, metavar="S", help="maximum wait between retries"
+        "--max_wait", type=positive, default=90.0, metavar="S", help="maximum wait between retries"
     )
     add_flag("--dry_run", action="store_true", help="print the estimated cost; send nothing")
     parser.set_defaults(run=run, resumes=True)
@@ -177,45 +170,7 @@ def _format_estimate(estimate: dict[str, Any]) -> str:
     return "; ".join([*parts, cost])
 
 
-# ---- Types of flags ----
-
-
-def _endpoint(text: str) -> tuple[str, str]:
-    try:
-        return parse_model_at_url(text)
-    except EndpointError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = parse_json(text, "the flag")
-    except TextFileError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
-    return value
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return number
-
-
 def _price(text: str) -> float:
-    if (number := _finite(text)) < 0:
+    if (number := finite(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0; use 0 or more")
-    return number
-
-
-def _seconds(text: str) -> float:
-    if (number := _finite(text)) <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1; use 1 or more")
     return number

@@ -61,6 +61,7 @@ REPORT = (
     "Examine this medical image and document your observations "
     "in a standard clinical report format."
 )
+GENERATE = "Generate an image. {}"
 CHECKLISTS = 12  # of each image in one round of pretraining
 # Verbatim: part of the data.
 EXPLAIN = (
@@ -174,7 +175,7 @@ def _captioning(row: dict, rng: random.Random) -> list[dict]:
 def _generation(row: dict, rng: random.Random) -> list[dict]:
     prompts = (
         f"Generate {with_article(image_phrase(row))}.",
-        f"Generate an image. {caption(row, rng)}",
+        GENERATE.format(caption(row, rng)),
     )
     return [_document(row, f"{p}{SEPARATOR}{IMAGE}", "Image Generation") for p in prompts]
 

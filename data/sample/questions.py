@@ -11,7 +11,7 @@ template) can be scored alongside the model.
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from medmax_jax.data.sample.phrases import NOUNS, body_part_phrase, exclude, with_article
@@ -187,10 +187,15 @@ def mcq_questions(rows: list[dict], seed: int) -> list[Question]:
             letter = count % 4
             count += 1
             options.insert(letter, row[field])
-            lines = "\n".join(f"{LETTERS[i]}: {option}" for i, option in enumerate(options))
-            prompt = f"{OPEN[field][0]}\n{lines}"
+            prompt = with_options(OPEN[field][0], options)
             out.append(Question(row, f"mcq/{field}", "mcq", row[field], prompt, LETTERS[letter]))
     return out
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """Return a question with its options as lines: "Which ..?\\nA: MRI\\nB: CT"."""
+    lines = [f"{letter}: {text}" for letter, text in zip(LETTERS, options, strict=False)]
+    return "\n".join([question, *lines])
 
 
 def _thinned(rows: list[dict], field: str, rng: random.Random) -> list[dict]:

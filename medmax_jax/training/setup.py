@@ -154,7 +154,6 @@ def run_metadata(run: config.Run, train_data: BatchSource) -> dict[str, Any]:
     Where stages have records of their own, `stage_data` and `stage_plans` are those of each stage
     that can be loaded.
     """
-    check_hosts_agree(train_data)
     folder, of_stages = run.train.init_from, train_data.records_of_stages()
     base = f"random weights of seed {run.train.seed}, {run.train.prng_impl}"
     if folder:
