@@ -62,7 +62,8 @@ def build(
     before, after = report["per_image"]["before"], report["per_image"]["after"]
     tiles = [(f"{kept:,}", "documents kept"), (f"{report['questions']:,}", "questions asked")]
     tiles += [
-        (f"{before[n]:.2f} to {after[n]:.2f}", f"{n} per image") for n in ("tasks", "entries")
+        (f"{before[n]:.2f} to {after[n]:.2f}", f"{label} per image")
+        for n, label in (("tasks", "tasks"), ("entries", "documents"))
     ]
     body += html_page.stat_tiles(tiles)
     body += html_page.paragraph(
